@@ -1,0 +1,575 @@
+#include "engine/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "core/error.h"
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+namespace tutelage {
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  if (this != &other) {
+    reset();
+    table_ = other.table_, data_ = other.data_, bytes_ = other.bytes_;
+    other.data_ = nullptr, other.bytes_ = 0;
+  }
+  return *this;
+}
+
+void Buffer::reset() noexcept {
+  if (data_ != nullptr) table_->release(data_);
+  data_ = nullptr, bytes_ = 0;
+}
+
+// Cuts one stretch of memory into arrays. Without memory it only counts.
+struct Transformer::Plan {
+  std::int64_t element;
+  char* base = nullptr;
+  std::size_t used = 0;
+
+  void* take(std::int64_t elements) {
+    constexpr std::size_t line = 64;  // every array starts on a cache line
+    void* at = base == nullptr ? nullptr : base + used;
+    used += (static_cast<std::size_t>(elements * element) + line - 1) / line * line;
+    return at;
+  }
+};
+
+// The gradients that flow down while a backward runs.
+struct Transformer::Stack {
+  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk;
+};
+
+Transformer::Transformer(const Config& config, const KernelTable& table)
+    : config_(config), layout_(config), table_(table), owed_zero_(layout_.parameters.size(), false) {
+  if (layout_.tied) slot_of_.assign(static_cast<std::size_t>(config.vocab_size), -1);
+}
+
+// ---- forward
+
+void Transformer::check(const Batch& batch) const {
+  require_cu_seqlens(batch.cu_seqlens, batch.sequences, batch.tokens);
+  for (std::int64_t s = 0; s < batch.sequences; ++s) {
+    const std::int64_t length = batch.cu_seqlens[s + 1] - batch.cu_seqlens[s];
+    if (length == 0) throw ArgumentError("sequence " + std::to_string(s) + " is empty; drop it before packing");
+    if (length > config_.max_position_embeddings)
+      throw ArgumentError("sequence " + std::to_string(s) + " has " + std::to_string(length) +
+                          " tokens, more than max_position_embeddings = " + std::to_string(config_.max_position_embeddings) +
+                          "; truncate or drop it");
+  }
+  require_token_ids("tokens", batch.ids, batch.tokens, config_.vocab_size, batch.cu_seqlens, batch.sequences);
+}
+
+// Every array of a graph, in the order of use. With a plan that has no memory: how many bytes that is.
+void Transformer::lay_out(Graph& g, Plan& plan) const {
+  const std::int64_t n = g.tokens_, d = config_.hidden_size;
+  const bool layernorm = config_.norm == Norm::layernorm, keep = g.options_.keep;
+  const std::size_t blocks = static_cast<std::size_t>(config_.num_hidden_layers);
+  g.blocks_.assign(blocks, {});
+  BlockActivations shared;
+  for (std::size_t i = 0; i < blocks; ++i) {
+    BlockActivations& a = g.blocks_[i];
+    const bool first = i == 0;
+    // Nothing kept: two residual streams, taken in turn. Recompute: every block's input, the rest shared.
+    a.x = keep || i < 2 ? plan.take(n * d) : g.blocks_[i - 2].x;
+    if (first || (keep && !g.options_.recompute)) {
+      shared.mean1 = layernorm ? plan.take(n) : nullptr;
+      shared.rstd1 = plan.take(n);
+      shared.qkv = plan.take(n * config_.qkv_width());
+      shared.qk = config_.qk_norm ? plan.take(n * (config_.query_width() + config_.key_width())) : nullptr;
+      shared.qk_rstd = config_.qk_norm ? plan.take(n * (config_.num_attention_heads + config_.num_key_value_heads)) : nullptr;
+      shared.o = plan.take(n * config_.query_width());
+      shared.lse = plan.take(n * config_.num_attention_heads);
+      shared.x1 = plan.take(n * d);
+      shared.mean2 = layernorm ? plan.take(n) : nullptr;
+      shared.rstd2 = plan.take(n);
+      shared.pre = plan.take(n * config_.pre_width());
+    }
+    void* x = a.x;
+    a = shared;
+    a.x = x;
+  }
+  g.x_out_ = keep || blocks == 1 ? plan.take(n * d) : g.blocks_[blocks - 2].x;
+  const std::int64_t rows = config_.head == Head::lm ? g.rows_ : n;
+  g.mean_ = layernorm ? plan.take(rows) : nullptr;
+  g.rstd_ = plan.take(rows);
+  g.hidden_ = plan.take(rows * d);
+  if (config_.head == Head::lm) {
+    g.lse_ = plan.take(rows);
+    g.entropy_ = plan.take(n);
+    const bool fits = rows <= g.options_.logits_budget / plan.element / config_.vocab_size;
+    g.z_ = keep && fits ? plan.take(rows * config_.vocab_size) : nullptr;
+  }
+  g.scratch_norm_ = plan.take(n * d);
+  g.scratch_mlp_ = plan.take(n * config_.intermediate_size);
+}
+
+std::int64_t Transformer::activation_bytes(std::int64_t tokens, std::int64_t sequences, const Options& options) const {
+  Graph g;
+  g.tokens_ = tokens, g.sequences_ = sequences, g.rows_ = tokens - sequences;
+  g.options_ = options;
+  Plan plan{table_.activation_size};
+  lay_out(g, plan);
+  return static_cast<std::int64_t>(plan.used);
+}
+
+namespace {
+template <class T>
+auto* at(T* base, std::int64_t index, std::int64_t element) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<T*>(static_cast<Byte*>(base) + index * element);
+}
+}  // namespace
+
+void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x,
+                       const std::int32_t* gather, std::int64_t rows, void* y, void* mean, void* rstd, int threads) const {
+  const std::int64_t d = config_.hidden_size, e = table_.activation_size;
+  if (config_.norm == Norm::rmsnorm) {
+    RmsNorm n;
+    n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e);
+    n.eps = config_.norm_eps, n.y = y, n.y_row = d, n.rstd = rstd;
+    table_.rms_norm(n, threads);
+  } else {
+    LayerNorm n;
+    n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e);
+    n.bias = at(params, bias, e), n.eps = config_.norm_eps, n.y = y, n.y_row = d, n.mean = mean, n.rstd = rstd;
+    table_.layer_norm(n, threads);
+  }
+}
+
+// y = x W^T + bias, with whatever else `fused` asks for (c, c_row, residual, activation ...).
+void Transformer::linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in,
+                         std::int64_t out, const void* x, std::int64_t x_row, Matmul fused, int threads) const {
+  const std::int64_t e = table_.activation_size;
+  fused.m = g.tokens_, fused.n = out, fused.k = in;
+  fused.a = x, fused.a_row = x_row, fused.a_col = 1;
+  fused.b = at(params, weight, e);
+  fused.b_row = layout_.transposed ? out : 1, fused.b_col = layout_.transposed ? 1 : in;
+  fused.bias = bias == kAbsent ? nullptr : at(params, bias, e);
+  table_.matmul(fused, threads);
+}
+
+namespace {
+Activation forward_activation(Mlp mlp) {
+  return mlp == Mlp::swiglu ? Activation::swiglu : mlp == Mlp::gelu ? Activation::gelu : Activation::gelu_erf;
+}
+Activation backward_activation(Mlp mlp) {
+  return mlp == Mlp::swiglu ? Activation::swiglu_backward
+                            : mlp == Mlp::gelu ? Activation::gelu_backward : Activation::gelu_erf_backward;
+}
+}  // namespace
+
+void Transformer::forward_block(const Graph& g, std::size_t index, const void* params, const BlockActivations& a, void* x_next,
+                                int threads) const {
+  const Config& c = config_;
+  const LayerOffsets& w = layout_.layers[index];
+  const std::int64_t e = table_.activation_size, d = c.hidden_size, qkv = c.qkv_width(), q = c.query_width(), kv = c.key_width();
+  const std::int64_t qk_heads = c.num_attention_heads + c.num_key_value_heads;
+
+  norm(params, w.norm1, w.norm1_bias, a.x, nullptr, g.tokens_, g.scratch_norm_, a.mean1, a.rstd1, threads);
+  Matmul into_qkv;
+  into_qkv.c = a.qkv, into_qkv.c_row = qkv;
+  linear(g, params, w.qkv, w.qkv_bias, d, qkv, g.scratch_norm_, d, into_qkv, threads);
+
+  void* queries = a.qkv;
+  std::int64_t qk_row = qkv;
+  if (c.qk_norm) {  // the raw projections stay for the backward; normed and rotated copies beside them
+    queries = a.qk, qk_row = q + kv;
+    RmsNorm n;
+    n.tokens = g.tokens_, n.d = c.head_dim, n.x_row = qkv, n.y_row = qk_row, n.eps = c.norm_eps;
+    n.groups = c.num_attention_heads, n.x = a.qkv, n.weight = at(params, w.q_norm, e), n.y = a.qk, n.rstd = a.qk_rstd;
+    table_.rms_norm(n, threads);
+    n.groups = c.num_key_value_heads, n.x = at(a.qkv, q, e), n.weight = at(params, w.k_norm, e), n.y = at(a.qk, q, e);
+    n.rstd = at(a.qk_rstd, g.tokens_ * c.num_attention_heads, e);
+    table_.rms_norm(n, threads);
+  }
+  if (!c.learned_positions)
+    table_.rope({g.tokens_, qk_heads, c.head_dim, queries, qk_row, queries, qk_row, g.positions_.data(), g.rotary_->cos.data(),
+                 g.rotary_->sin.data(), false},
+                threads);
+
+  Attention attention;
+  attention.shape = {g.sequences_, g.cu_seqlens_.data(), c.num_attention_heads, c.num_key_value_heads, c.head_dim, true,
+                     c.sliding_window, 1 / std::sqrt(static_cast<double>(c.head_dim))};
+  attention.q = queries, attention.q_row = qk_row;
+  attention.k = at(queries, q, e), attention.k_row = qk_row;
+  attention.v = at(a.qkv, q + kv, e), attention.v_row = qkv;
+  attention.o = a.o, attention.o_row = q, attention.lse = a.lse;
+  table_.flash_attention(attention, threads);
+
+  Matmul into_x1;
+  into_x1.c = a.x1, into_x1.c_row = d, into_x1.residual = a.x, into_x1.residual_row = d;
+  linear(g, params, w.out, w.out_bias, q, d, a.o, q, into_x1, threads);
+
+  norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, g.tokens_, g.scratch_norm_, a.mean2, a.rstd2, threads);
+  Matmul into_pre;
+  into_pre.c = a.pre, into_pre.c_row = c.pre_width(), into_pre.activation = forward_activation(c.mlp);
+  into_pre.activated = g.scratch_mlp_, into_pre.activated_row = c.intermediate_size;
+  linear(g, params, w.up, w.up_bias, d, c.pre_width(), g.scratch_norm_, d, into_pre, threads);
+  if (x_next == nullptr) return;  // a recomputed block: its output is known
+  Matmul into_next;
+  into_next.c = x_next, into_next.c_row = d, into_next.residual = a.x1, into_next.residual_row = d;
+  linear(g, params, w.down, w.down_bias, c.intermediate_size, d, g.scratch_mlp_, c.intermediate_size, into_next, threads);
+}
+
+std::shared_ptr<const RotaryCache> Transformer::rotary(std::int64_t longest, int threads) {
+  std::lock_guard lock(rotary_mutex_);
+  if (rotary_ == nullptr || rotary_->positions < longest) {
+    const std::int64_t half = config_.head_dim / 2, positions = std::min(2 * longest, config_.max_position_embeddings);
+    const std::size_t bytes = static_cast<std::size_t>(positions * half * table_.activation_size);
+    const RopeTables tables = rope_tables(config_, positions, threads);
+    auto grown = std::make_shared<RotaryCache>();
+    grown->positions = positions, grown->cos = Buffer(table_, bytes), grown->sin = Buffer(table_, bytes);
+    table_.from_float(grown->cos.data(), tables.cos.data(), positions * half);
+    table_.from_float(grown->sin.data(), tables.sin.data(), positions * half);
+    rotary_ = std::move(grown);
+  }
+  return rotary_;
+}
+
+std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* params, const Options& options) {
+  check(batch);
+  auto graph = std::make_unique<Graph>();
+  Graph& g = *graph;
+  g.tokens_ = batch.tokens, g.sequences_ = batch.sequences, g.rows_ = batch.tokens - batch.sequences, g.options_ = options;
+  g.ids_.assign(batch.ids, batch.ids + batch.tokens);
+  g.cu_seqlens_.assign(batch.cu_seqlens, batch.cu_seqlens + batch.sequences + 1);
+  g.positions_.reserve(g.ids_.size());
+  std::int64_t longest = 0;
+  for (std::int64_t s = 0; s < batch.sequences; ++s) {
+    const std::int32_t first = batch.cu_seqlens[s], last = batch.cu_seqlens[s + 1];
+    longest = std::max<std::int64_t>(longest, last - first);
+    for (std::int32_t i = first; i < last; ++i) {
+      g.positions_.push_back(i - first);
+      if (i == first) continue;  // nothing before it predicts it
+      g.sources_.push_back(i - 1);
+      g.outputs_.push_back(i);
+      g.targets_.push_back(batch.ids[i]);
+    }
+  }
+  if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
+  Plan counting{table_.activation_size};
+  lay_out(g, counting);
+  g.memory_ = Buffer(table_, counting.used);
+  Plan plan{table_.activation_size, static_cast<char*>(g.memory_.data())};
+  lay_out(g, plan);
+
+  Embedding look_up;
+  look_up.tokens = g.tokens_, look_up.d = config_.hidden_size, look_up.ids = g.ids_.data();
+  look_up.table = at(params, layout_.embedding, table_.activation_size), look_up.y = g.blocks_[0].x;
+  if (config_.learned_positions) {
+    look_up.positions = g.positions_.data();
+    look_up.position_table = at(params, layout_.positions, table_.activation_size);
+  }
+  table_.embedding(look_up, options.threads);
+  for (std::size_t i = 0; i < g.blocks_.size(); ++i) {
+    if (options.poll != nullptr) options.poll();
+    forward_block(g, i, params, g.blocks_[i], i + 1 < g.blocks_.size() ? g.blocks_[i + 1].x : g.x_out_, options.threads);
+  }
+  if (options.poll != nullptr) options.poll();
+  return graph;
+}
+
+std::unique_ptr<Graph> Transformer::score(const Batch& batch, const void* params, const Options& options, void* logprobs,
+                                          void* entropy) {
+  std::unique_ptr<Graph> graph = forward(batch, params, options);
+  Graph& g = *graph;
+  const std::int64_t e = table_.activation_size;
+  table_.zero(logprobs, static_cast<std::size_t>(g.tokens_ * e));
+  table_.zero(entropy, static_cast<std::size_t>(g.tokens_ * e));
+  if (g.rows_ > 0) {
+    norm(params, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.hidden_, g.mean_, g.rstd_,
+         options.threads);
+    LinearLogprob head;
+    head.rows = g.rows_, head.hidden = config_.hidden_size, head.vocab = config_.vocab_size;
+    head.x = g.hidden_, head.weight = at(params, layout_.head, e);
+    head.targets = g.targets_.data(), head.index = g.outputs_.data(), head.temperature = options.temperature;
+    head.z = g.z_, head.logprob = logprobs, head.entropy = entropy, head.lse = g.lse_;
+    table_.linear_logprob(head, options.threads);
+  }
+  if (!options.keep) return nullptr;
+  table_.copy(g.entropy_, entropy, static_cast<std::size_t>(g.tokens_ * e));
+  return graph;
+}
+
+std::unique_ptr<Graph> Transformer::values(const Batch& batch, const void* params, const Options& options, void* values) {
+  std::unique_ptr<Graph> graph = forward(batch, params, options);
+  Graph& g = *graph;
+  norm(params, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, g.tokens_, g.hidden_, g.mean_, g.rstd_,
+       options.threads);
+  Matmul head;
+  head.m = g.tokens_, head.n = 1, head.k = config_.hidden_size;
+  head.a = g.hidden_, head.a_row = config_.hidden_size;
+  head.b = at(params, layout_.head, table_.activation_size), head.b_row = 1, head.b_col = config_.hidden_size;
+  head.c = values, head.c_row = 1;
+  table_.matmul(head, options.threads);
+  return options.keep ? std::move(graph) : nullptr;
+}
+
+// ---- gradients that are owed
+
+void Transformer::forget_gradients() {
+  owed_zero_.assign(owed_zero_.size(), true);
+  for (std::int32_t id : slot_ids_) slot_of_[static_cast<std::size_t>(id)] = -1;
+  slot_ids_.clear();
+}
+
+// Before the parameters at `offset` (several named ones, where the engine sees one matrix) receive a gradient: true when their
+// stretch still counts as zero and the kernel overwrites it; else the zeros are written here.
+bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
+  const auto& parameters = layout_.parameters;
+  const auto found = std::lower_bound(parameters.begin(), parameters.end(), offset,
+                                      [](const Parameter& p, std::int64_t o) { return p.offset < o; });
+  const auto index = static_cast<std::size_t>(found - parameters.begin());
+  if (!owed_zero_[index]) return false;
+  owed_zero_[index] = false;
+  if (!overwritten)
+    table_.zero(at(grads, found->offset, table_.activation_size),
+                static_cast<std::size_t>(found->size * table_.activation_size));
+  return true;
+}
+
+void Transformer::finish_gradients(void* grads, int threads) {
+  for (const Parameter& parameter : layout_.parameters) settle(grads, parameter.offset, false);
+  if (slot_ids_.empty()) return;
+  const std::int64_t e = table_.activation_size;
+  table_.embedding_backward({static_cast<std::int64_t>(slot_ids_.size()), config_.hidden_size, slot_ids_.data(),
+                             lookup_.data(), at(grads, layout_.head, e)},
+                            threads);
+  for (std::int32_t id : slot_ids_) slot_of_[static_cast<std::size_t>(id)] = -1;
+  slot_ids_.clear();
+}
+
+// ---- backward
+
+Transformer::Stack Transformer::lay_out_stack(const Graph& g, Plan& plan) const {
+  const Config& c = config_;
+  const std::int64_t n = g.tokens_;
+  Stack s;
+  s.dx = plan.take(n * c.hidden_size), s.d_norm = plan.take(n * c.hidden_size);
+  s.d_pre = plan.take(n * c.pre_width()), s.d_o = plan.take(n * c.query_width()), s.d_qkv = plan.take(n * c.qkv_width());
+  s.d_qk = c.qk_norm ? plan.take(n * (c.query_width() + c.key_width())) : nullptr;
+  s.normed = g.scratch_norm_, s.activated = g.scratch_mlp_;
+  return s;
+}
+
+void Transformer::norm_backward(const void* params, void* grads, std::int64_t weight, std::int64_t bias, const void* x,
+                                const std::int32_t* gather, std::int64_t rows, const void* mean, const void* rstd,
+                                const void* dy, void* dx, bool accumulate, int threads) {
+  const std::int64_t d = config_.hidden_size, e = table_.activation_size;
+  settle(grads, weight, false);
+  if (config_.norm == Norm::rmsnorm) {
+    RmsNormBackward n;
+    n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e), n.rstd = rstd;
+    n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate, n.dweight = at(grads, weight, e);
+    table_.rms_norm_backward(n, threads);
+  } else {
+    settle(grads, bias, false);
+    LayerNormBackward n;
+    n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e);
+    n.mean = mean, n.rstd = rstd, n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
+    n.dweight = at(grads, weight, e), n.dbias = at(grads, bias, e);
+    table_.layer_norm_backward(n, threads);
+  }
+}
+
+// dW += dy^T x and dbias += column sums of dy. The engine's one matrix may be several named parameters: all their stretches are
+// settled together, because one product writes them all.
+void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
+                                  std::int64_t out, const void* x, const void* dy, int threads) {
+  const std::int64_t e = table_.activation_size;
+  bool fresh = false;
+  const auto& parameters = layout_.parameters;
+  for (std::size_t i = 0; i < parameters.size(); ++i)
+    if (parameters[i].offset >= weight && parameters[i].offset < weight + in * out)
+      fresh = settle(grads, parameters[i].offset, true);
+  Matmul dw;
+  dw.k = g.tokens_, dw.accumulate = !fresh, dw.c = at(grads, weight, e);
+  dw.m = layout_.transposed ? in : out, dw.n = layout_.transposed ? out : in;
+  dw.a = layout_.transposed ? x : dy, dw.a_row = 1, dw.a_col = dw.m;
+  dw.b = layout_.transposed ? dy : x, dw.b_row = dw.n, dw.b_col = 1;
+  dw.c_row = dw.n;
+  table_.matmul(dw, threads);
+  if (bias == kAbsent) return;
+  for (std::size_t i = 0; i < parameters.size(); ++i)
+    if (parameters[i].offset >= bias && parameters[i].offset < bias + out) settle(grads, parameters[i].offset, false);
+  table_.column_sum({g.tokens_, out, dy, out, at(grads, bias, e)}, threads);
+}
+
+void Transformer::linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias,
+                                  std::int64_t in, std::int64_t out, const void* x, const void* dy, void* dx, int threads) {
+  weight_gradient(g, grads, weight, bias, in, out, x, dy, threads);
+  Matmul back;  // dx = dy W
+  back.m = g.tokens_, back.n = in, back.k = out;
+  back.a = dy, back.a_row = out, back.a_col = 1;
+  back.b = at(params, weight, table_.activation_size);
+  back.b_row = layout_.transposed ? 1 : in, back.b_col = layout_.transposed ? out : 1;
+  back.c = dx, back.c_row = in;
+  table_.matmul(back, threads);
+}
+
+// s.dx holds d loss / d (the block's output) and leaves with d loss / d (its input).
+void Transformer::backward_block(const Graph& g, std::size_t index, const void* params, void* grads, const BlockActivations& a,
+                                 const Stack& s, int threads) {
+  const Config& c = config_;
+  const LayerOffsets& w = layout_.layers[index];
+  const std::int64_t e = table_.activation_size, n = g.tokens_, d = c.hidden_size, f = c.intermediate_size;
+  const std::int64_t qkv = c.qkv_width(), q = c.query_width(), kv = c.key_width();
+
+  // MLP. d(activated) becomes d(pre) in the product's own finish, which makes the activated values again on the way.
+  Matmul through_down;
+  through_down.m = n, through_down.n = f, through_down.k = d;
+  through_down.a = s.dx, through_down.a_row = d;
+  through_down.b = at(params, w.down, e);
+  through_down.b_row = layout_.transposed ? 1 : f, through_down.b_col = layout_.transposed ? d : 1;
+  through_down.c = s.d_pre, through_down.c_row = c.pre_width();
+  through_down.activation = backward_activation(c.mlp);
+  through_down.activated = s.activated, through_down.activated_row = f;
+  through_down.pre = a.pre, through_down.pre_row = c.pre_width();
+  table_.matmul(through_down, threads);
+  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, threads);
+  norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, n, s.normed, a.mean2, a.rstd2, threads);
+  linear_backward(g, params, grads, w.up, w.up_bias, d, c.pre_width(), s.normed, s.d_pre, s.d_norm, threads);
+  norm_backward(params, grads, w.norm2, w.norm2_bias, a.x1, nullptr, n, a.mean2, a.rstd2, s.d_norm, s.dx, true, threads);
+
+  // attention
+  linear_backward(g, params, grads, w.out, w.out_bias, q, d, a.o, s.dx, s.d_o, threads);
+  AttentionBackward attention;
+  attention.shape = {g.sequences_, g.cu_seqlens_.data(), c.num_attention_heads, c.num_key_value_heads, c.head_dim, true,
+                     c.sliding_window, 1 / std::sqrt(static_cast<double>(c.head_dim))};
+  const void* queries = c.qk_norm ? a.qk : a.qkv;
+  const std::int64_t qk_row = c.qk_norm ? q + kv : qkv;
+  void* d_queries = c.qk_norm ? s.d_qk : s.d_qkv;
+  attention.q = queries, attention.q_row = qk_row;
+  attention.k = at(queries, q, e), attention.k_row = qk_row;
+  attention.v = at(a.qkv, q + kv, e), attention.v_row = qkv;
+  attention.o = a.o, attention.o_row = q, attention.lse = a.lse, attention.d_o = s.d_o, attention.d_o_row = q;
+  attention.dq = d_queries, attention.dq_row = qk_row;
+  attention.dk = at(d_queries, q, e), attention.dk_row = qk_row;
+  attention.dv = at(s.d_qkv, q + kv, e), attention.dv_row = qkv;
+  table_.flash_attention_backward(attention, threads);
+  if (!c.learned_positions)
+    table_.rope({n, c.num_attention_heads + c.num_key_value_heads, c.head_dim, d_queries, qk_row, d_queries, qk_row,
+                 g.positions_.data(), g.rotary_->cos.data(), g.rotary_->sin.data(), true},
+                threads);
+  if (c.qk_norm) {
+    RmsNormBackward b;
+    b.tokens = n, b.d = c.head_dim, b.x_row = qkv, b.dy_row = qk_row, b.dx_row = qkv;
+    settle(grads, w.q_norm, false);
+    b.groups = c.num_attention_heads, b.x = a.qkv, b.weight = at(params, w.q_norm, e), b.rstd = a.qk_rstd;
+    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = at(grads, w.q_norm, e);
+    table_.rms_norm_backward(b, threads);
+    settle(grads, w.k_norm, false);
+    b.groups = c.num_key_value_heads, b.x = at(static_cast<const void*>(a.qkv), q, e), b.weight = at(params, w.k_norm, e);
+    b.rstd = at(static_cast<const void*>(a.qk_rstd), n * c.num_attention_heads, e);
+    b.dy = at(static_cast<const void*>(s.d_qk), q, e), b.dx = at(s.d_qkv, q, e), b.dweight = at(grads, w.k_norm, e);
+    table_.rms_norm_backward(b, threads);
+  }
+  norm(params, w.norm1, w.norm1_bias, a.x, nullptr, n, s.normed, a.mean1, a.rstd1, threads);
+  linear_backward(g, params, grads, w.qkv, w.qkv_bias, d, qkv, s.normed, s.d_qkv, s.d_norm, threads);
+  norm_backward(params, grads, w.norm1, w.norm1_bias, a.x, nullptr, n, a.mean1, a.rstd1, s.d_norm, s.dx, true, threads);
+}
+
+void Transformer::backward_body(Graph& g, const void* params, void* grads, const Stack& s, int threads, void (*poll)()) {
+  for (std::size_t i = g.blocks_.size(); i-- > 0;) {
+    if (poll != nullptr) poll();
+    if (g.options_.recompute) forward_block(g, i, params, g.blocks_[i], nullptr, threads);
+    backward_block(g, i, params, grads, g.blocks_[i], s, threads);
+  }
+  const std::int64_t e = table_.activation_size, d = config_.hidden_size;
+  if (config_.learned_positions) {
+    settle(grads, layout_.positions, false);
+    table_.embedding_backward({g.tokens_, d, g.positions_.data(), s.dx, at(grads, layout_.positions, e)}, threads);
+  }
+  if (!layout_.tied) {
+    settle(grads, layout_.embedding, false);
+    table_.embedding_backward({g.tokens_, d, g.ids_.data(), s.dx, at(grads, layout_.embedding, e)}, threads);
+    return;
+  }
+  // The tied look-up: rows of its own, one for each token id that has occurred, grown by doubling.
+  std::vector<std::int32_t> slots(g.ids_.size());
+  const std::size_t before = slot_ids_.size(), row = static_cast<std::size_t>(d * e);
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    std::int32_t& slot = slot_of_[static_cast<std::size_t>(g.ids_[i])];
+    if (slot < 0) {
+      slot = static_cast<std::int32_t>(slot_ids_.size());
+      slot_ids_.push_back(g.ids_[i]);
+    }
+    slots[i] = slot;
+  }
+  const std::size_t rows = slot_ids_.size();
+  if (lookup_.bytes() < rows * row) {
+    const std::size_t room = std::min<std::size_t>(2 * rows, static_cast<std::size_t>(config_.vocab_size));
+    Buffer grown(table_, room * row);
+    if (before > 0) table_.copy(grown.data(), lookup_.data(), before * row);
+    lookup_ = std::move(grown);
+  }
+  if (rows > before)
+    table_.zero(at(lookup_.data(), static_cast<std::int64_t>(before) * d, e), (rows - before) * row);
+  table_.embedding_backward({g.tokens_, d, slots.data(), s.dx, lookup_.data()}, threads);
+}
+
+void Transformer::backward_score(Graph& g, const void* params, void* grads, const void* d_logprobs, const void* d_entropy,
+                                 int threads, void (*poll)()) {
+  if (g.used_) throw ArgumentError("this graph's backward has already run; score the batch again for another one");
+  if (g.rows_ == 0) {  // only first tokens: nothing was predicted, so nothing has a gradient
+    g.used_ = true;
+    g.memory_.reset();
+    return;
+  }
+  const std::int64_t e = table_.activation_size, n = g.tokens_, d = config_.hidden_size;
+  const Config& c = config_;
+  Plan counting{e};
+  lay_out_stack(g, counting);
+  Buffer memory(table_, counting.used);
+  Plan plan{e, static_cast<char*>(memory.data())};
+  const Stack s = lay_out_stack(g, plan);
+
+  g.used_ = true;  // from here on the kept logits are overwritten
+  const bool fresh = settle(grads, layout_.head, true);
+  LinearLogprobBackward head;
+  head.rows = g.rows_, head.hidden = d, head.vocab = c.vocab_size;
+  head.x = g.hidden_, head.weight = at(params, layout_.head, e), head.targets = g.targets_.data();
+  head.index = g.outputs_.data(), head.temperature = g.options_.temperature;
+  // Logits computed again: as many rows at a time as fit the budget, and 96 MiB (a tenth of 2048 x 50257 in float32 and change).
+  constexpr std::int64_t most = std::int64_t{96} << 20;
+  head.z = g.z_, head.block_rows = std::max<std::int64_t>(1, std::min(g.options_.logits_budget, most) / e / c.vocab_size);
+  head.entropy = g.entropy_, head.lse = g.lse_, head.d_logprob = d_logprobs, head.d_entropy = d_entropy;
+  head.dx = s.d_norm, head.dweight = at(grads, layout_.head, e), head.accumulate = !fresh;
+  table_.linear_logprob_backward(head, threads);
+  table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // the last token of a sequence predicts nothing
+  norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,
+                s.d_norm, s.dx, false, threads);
+  backward_body(g, params, grads, s, threads, poll);
+  g.memory_.reset();
+}
+
+void Transformer::backward_values(Graph& g, const void* params, void* grads, const void* d_values, int threads,
+                                  void (*poll)()) {
+  if (g.used_) throw ArgumentError("this graph's backward has already run; compute the values again for another one");
+  const std::int64_t e = table_.activation_size, n = g.tokens_, d = config_.hidden_size;
+  Plan counting{e};
+  lay_out_stack(g, counting);
+  Buffer memory(table_, counting.used);
+  Plan plan{e, static_cast<char*>(memory.data())};
+  const Stack s = lay_out_stack(g, plan);
+  g.used_ = true;
+  Matmul dw;  // dweight [1, d] += dvalues^T hidden
+  dw.accumulate = !settle(grads, layout_.head, true);
+  dw.m = 1, dw.n = d, dw.k = n, dw.a = d_values, dw.a_row = 1, dw.a_col = 1, dw.b = g.hidden_, dw.b_row = d, dw.b_col = 1;
+  dw.c = at(grads, layout_.head, e), dw.c_row = d;
+  table_.matmul(dw, threads);
+  Matmul back;  // dhidden [n, d] = dvalues weight
+  back.m = n, back.n = d, back.k = 1, back.a = d_values, back.a_row = 1, back.a_col = 1;
+  back.b = at(params, layout_.head, e), back.b_row = d, back.b_col = 1, back.c = s.d_norm, back.c_row = d;
+  table_.matmul(back, threads);
+  norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, n, g.mean_, g.rstd_, s.d_norm, s.dx, false,
+                threads);
+  backward_body(g, params, grads, s, threads, poll);
+  g.memory_.reset();
+}
+
+}  // namespace tutelage

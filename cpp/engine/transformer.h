@@ -1,0 +1,156 @@
+// The transformer: one forward and one backward, written once against the kernel table.
+//
+//   x = embedding;  per block:  x += attention(norm(x));  x += mlp(norm(x));  then the head:
+//   lm      log-prob and entropy of every token but each sequence's first, from the hidden state before it
+//   scalar  a value after every token
+//
+// Parameters and gradients are the caller's flat buffers. A Graph is what one forward keeps for its backward; several may be alive.
+//
+// The same bits whatever the batch, the threads, the level (P1); and gradients that do not depend on how a batch was cut into
+// consecutive micro-batches (P4): every weight gradient is one chain over tokens that continues in the gradient buffer. A tied
+// embedding is used twice, so it has two chains: the look-up's is kept apart, for the rows that occur, until finish_gradients().
+//
+// Test: tests/python/test_model.py, test_promises.py, test_memory.py.   Benchmark: bench/train.py.
+#pragma once
+
+#include <cstdint>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "engine/config.h"
+#include "engine/layout.h"
+#include "engine/tables.h"
+#include "kernels/table.h"
+
+namespace tutelage {
+
+// A stretch of the table's memory.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const KernelTable& table, std::size_t bytes) : table_(&table), data_(table.allocate(bytes)), bytes_(bytes) {}
+  ~Buffer() { reset(); }
+  Buffer(Buffer&& other) noexcept { *this = static_cast<Buffer&&>(other); }
+  Buffer& operator=(Buffer&& other) noexcept;
+  void reset() noexcept;
+  void* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  const KernelTable* table_ = nullptr;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// Packed sequences, checked: token ids inside the vocabulary, no sequence longer than the positions, none empty.
+struct Batch {
+  std::int64_t tokens = 0, sequences = 0;
+  const std::int32_t *ids = nullptr, *cu_seqlens = nullptr;
+};
+
+struct Options {
+  int threads = 1;
+  bool keep = true;        // for a backward
+  bool recompute = false;  // keep each block's input only and run the block again in the backward
+  std::int64_t logits_budget = std::int64_t{256} << 20;  // bytes of logits kept between forward and backward
+  double temperature = 1.0;
+  void (*poll)() = nullptr;  // called between blocks; may throw (Ctrl-C)
+};
+
+// Cosines and sines for positions [0, positions), in the table's element type. Grown when a longer sequence comes; a graph holds
+// the one it was made with, so growing never pulls a table from under another thread.
+struct RotaryCache {
+  std::int64_t positions = 0;
+  Buffer cos, sin;
+};
+
+// What one block keeps. One set a block, or one for all where nothing is kept.
+struct BlockActivations {
+  void *x = nullptr, *mean1 = nullptr, *rstd1 = nullptr, *qkv = nullptr, *qk = nullptr, *qk_rstd = nullptr;
+  void *o = nullptr, *lse = nullptr, *x1 = nullptr, *mean2 = nullptr, *rstd2 = nullptr, *pre = nullptr;
+};
+
+class Graph {
+ public:
+  std::int64_t tokens() const { return tokens_; }
+  std::int64_t bytes() const { return static_cast<std::int64_t>(memory_.bytes()); }
+  bool used() const { return used_; }
+
+ private:
+  friend class Transformer;
+  std::int64_t tokens_ = 0, sequences_ = 0, rows_ = 0;
+  std::vector<std::int32_t> ids_, cu_seqlens_, positions_, sources_, outputs_, targets_;
+  Options options_;
+  Buffer memory_;
+  std::shared_ptr<const RotaryCache> rotary_;
+  std::vector<BlockActivations> blocks_;
+  void *x_out_ = nullptr, *mean_ = nullptr, *rstd_ = nullptr, *hidden_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
+  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr;
+  bool used_ = false;
+};
+
+class Transformer {
+ public:
+  Transformer(const Config& config, const KernelTable& table);
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  const KernelTable& table() const { return table_; }
+
+  // lm head. logprobs, entropy [tokens]: zero at each sequence's first token. Null when nothing was kept.
+  std::unique_ptr<Graph> score(const Batch& batch, const void* params, const Options& options, void* logprobs, void* entropy);
+  // scalar head. values [tokens].
+  std::unique_ptr<Graph> values(const Batch& batch, const void* params, const Options& options, void* values);
+
+  // Adds d loss / d params to grads. Once a graph; the parameters must be those of the forward.
+  void backward_score(Graph& graph, const void* params, void* grads, const void* d_logprobs, const void* d_entropy, int threads,
+                      void (*poll)());
+  void backward_values(Graph& graph, const void* params, void* grads, const void* d_values, int threads, void (*poll)());
+
+  // Gradients count as zero from here on; the buffer itself is written when the first gradient arrives, or by finish_gradients.
+  void forget_gradients();
+  // Writes what is still owed to grads: zeros not yet written, the tied look-up's rows.
+  void finish_gradients(void* grads, int threads);
+
+  // Bytes that a forward keeps (or needs while it runs, when keep is false), for `sequences` sequences of `tokens` in all.
+  std::int64_t activation_bytes(std::int64_t tokens, std::int64_t sequences, const Options& options) const;
+
+ private:
+  struct Plan;
+  struct Stack;
+  void check(const Batch& batch) const;
+  void lay_out(Graph& graph, Plan& plan) const;
+  std::unique_ptr<Graph> forward(const Batch& batch, const void* params, const Options& options);
+  void forward_block(const Graph& g, std::size_t index, const void* params, const BlockActivations& a, void* x_next,
+                     int threads) const;
+  void backward_block(const Graph& g, std::size_t index, const void* params, void* grads, const BlockActivations& a,
+                      const Stack& s, int threads);
+  void backward_body(Graph& graph, const void* params, void* grads, const Stack& s, int threads, void (*poll)());
+  std::shared_ptr<const RotaryCache> rotary(std::int64_t longest, int threads);
+  Stack lay_out_stack(const Graph& graph, Plan& plan) const;
+  void norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x,
+            const std::int32_t* gather, std::int64_t rows, void* y, void* mean, void* rstd, int threads) const;
+  void norm_backward(const void* params, void* grads, std::int64_t weight, std::int64_t bias, const void* x,
+                     const std::int32_t* gather, std::int64_t rows, const void* mean, const void* rstd, const void* dy,
+                     void* dx, bool accumulate, int threads);
+  void linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
+              const void* x, std::int64_t x_row, Matmul fused, int threads) const;
+  void linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
+                       std::int64_t out, const void* x, const void* dy, void* dx, int threads);
+  void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
+                       const void* x, const void* dy, int threads);
+  bool settle(void* grads, std::int64_t offset, bool overwritten);
+
+  const Config config_;
+  const Layout layout_;
+  const KernelTable& table_;
+  std::mutex rotary_mutex_;
+  std::shared_ptr<const RotaryCache> rotary_;
+  std::vector<bool> owed_zero_;              // by parameter: its stretch of grads counts as zero but was not written
+  std::vector<std::int32_t> slot_of_, slot_ids_;  // the tied look-up's rows: slot of a token id (or -1), id of a slot
+  Buffer lookup_;
+};
+
+}  // namespace tutelage

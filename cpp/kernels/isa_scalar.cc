@@ -1,0 +1,23 @@
+// The scalar level: every kernel, compiled for this level only.
+#include <cstddef>
+#include <cstdint>
+
+#include "core/memory.h"
+#include "core/parallel.h"
+#include "kernels/table.h"
+
+namespace tutelage {
+namespace {
+using std::int32_t;
+using std::int64_t;
+using std::size_t;
+using std::uint32_t;
+using std::uint64_t;
+using real = float;
+#include "kernels/lanes_scalar.inc"
+#include "kernels/all.inc"
+constexpr KernelTable kTable = make_table("scalar");
+}  // namespace
+
+const KernelTable* scalar_table() { return &kTable; }
+}  // namespace tutelage

@@ -1,0 +1,228 @@
+"""Checkpoints of a training run: named tensors and a JSON state, bit for bit, saved by `files.save_folder`.
+
+A checkpoint folder holds `tensors.safetensors` (the safetensors format, which any tool of the field reads),
+`state.json` and `manifest.json`; each carries `format_version`. Equal states give equal files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage import files
+from tutelage.files import DISK, Buffer, CheckpointError, DamagedCheckpointError, Disk, FileRecord
+
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+_METADATA = "__metadata__"  # the entry of a safetensors header that is no tensor
+
+_PIECE_BYTES = 16 << 20  # a tensor on a device is copied to the host in pieces of this size
+_HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: its folder, the optimizer step of the save, its CPU tensors, its JSON state."""
+
+    folder: Path
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    disk: Disk = DISK,
+) -> Path:
+    """Saves named tensors (any device) and a JSON state; returns the checkpoint's folder.
+
+    tensors: of float64, 32, 16, bfloat16, int64 to int8, uint8 and bool. state: dict (keys are str), list,
+    str, int, float, bool, None, nested; floats come back with the same bits, NaN and infinities as Python's
+    json writes them. Extra memory: 16 MiB, or one tensor where one is not contiguous. The `keep` newest
+    checkpoints stay; see `files.save_folder`. Raises TypeError naming what cannot be stored, before anything
+    is written, and FileError.
+    """
+    check_json(state, "state")
+    content = {"format_version": files.FORMAT_VERSION, "step": step, "state": state}
+    document = json.dumps(content, indent=1, sort_keys=True).encode()
+    parts: dict[str, Iterable[Buffer]] = {TENSORS: safetensors_chunks(tensors), STATE: [document]}
+    return files.save_folder(run_folder, step, parts, keep, disk)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Loads a checkpoint, every byte verified; the tensors are views of one buffer of the file's size.
+
+    Raises CheckpointError: not a complete checkpoint, or of a newer format; DamagedCheckpointError: names the
+    damaged file and the newest older checkpoint that is intact.
+    """
+    try:
+        records = files.read_manifest(folder)
+        step, state = _load_state(folder / STATE, records)
+        tensors = _load_tensors(folder / TENSORS, records)
+    except DamagedCheckpointError as damage:
+        raise DamagedCheckpointError(f"{damage}; {_older_intact(folder)}") from damage
+    return Checkpoint(folder, step, tensors, state)
+
+
+def load_newest(run_folder: Path) -> Checkpoint | None:
+    """Loads the newest complete checkpoint of a run; None if there is none. Raises as `load_checkpoint`."""
+    folder = files.newest_complete(run_folder)
+    return None if folder is None else load_checkpoint(folder)
+
+
+def check_json(value: object, where: str) -> None:
+    """Raises TypeError naming the place where `value` holds what JSON would not give back unchanged."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}: a checkpoint's keys are strings")
+            check_json(entry, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            check_json(entry, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}: "
+            "a checkpoint's state holds dict, list, str, int, float, bool and None"
+        )
+
+
+def safetensors_chunks(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[Buffer]:
+    """The bytes of a safetensors file, for `files.write_file_atomic` or a checkpoint, a piece at a time.
+
+    Widest elements first, then by name, as the safetensors library does it: each tensor is aligned to its
+    element. Raises TypeError naming a tensor whose name, dtype or layout the format does not have.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {
+        _METADATA: {"format": "pt", "format_version": str(files.FORMAT_VERSION), **(metadata or {})}
+    }
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if name == _METADATA:
+            raise TypeError(f"no tensor can be named {name!r}: the format uses that name itself")
+        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided:
+            raise TypeError(
+                f"the tensor {name!r} is {tensor.dtype}, {tensor.layout}: a checkpoint cannot hold it"
+            )
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(math.ceil(len(text) / _HEADER_ALIGNMENT) * _HEADER_ALIGNMENT)
+    return _chunks(text, [tensors[name] for name in names])
+
+
+def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[Buffer]:
+    yield len(header).to_bytes(8, "little") + header
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, len(flat), _PIECE_BYTES):
+            yield flat[start : start + _PIECE_BYTES].cpu().numpy().data
+
+
+def _load_state(path: Path, records: Mapping[str, FileRecord]) -> tuple[int, dict[str, Any]]:
+    content = bytearray(_record(path, records).size)
+    files.read_checked(path, _record(path, records), memoryview(content))
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: it is not JSON ({error})") from error
+    if isinstance(document, dict):
+        files.check_version(path, document.get("format_version"))
+    match document:
+        case {"step": int(step), "state": dict(state)}:
+            return step, state
+        case _:
+            raise DamagedCheckpointError(f"{path} is damaged: it has no step and state")
+
+
+def _load_tensors(path: Path, records: Mapping[str, FileRecord]) -> dict[str, torch.Tensor]:
+    record = _record(path, records)
+    content = torch.empty(record.size, dtype=torch.uint8)
+    view = content.numpy().data
+    files.read_checked(path, record, view)
+    data_start = 8 + int.from_bytes(view[:8], "little")
+    if not 8 <= data_start <= record.size:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: its header would end at byte {data_start} of {record.size}"
+        )
+    try:
+        header = json.loads(bytes(view[8:data_start]))
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: its header is not JSON ({error})") from error
+    match header:
+        case {"__metadata__": {"format_version": str(version)}}:
+            files.check_version(path, int(version) if re.fullmatch("[0-9]{1,9}", version) else version)
+        case _:
+            raise DamagedCheckpointError(f"{path} is damaged: its header has no format_version")
+    del header[_METADATA]
+    return {name: _view(path, content[data_start:], name, entry) for name, entry in header.items()}
+
+
+def _view(path: Path, data: torch.Tensor, name: str, entry: object) -> torch.Tensor:
+    """The tensor `name` as a view of `data`, the uint8 bytes behind the header."""
+    wrong = DamagedCheckpointError(
+        f"{path} is damaged: the header's entry of {name!r} does not describe its bytes"
+    )
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            known = dtype in _DTYPES and all(type(size) is int and size >= 0 for size in shape)
+            if not known or not 0 <= begin <= end <= len(data):
+                raise wrong
+            try:
+                return data[begin:end].view(_DTYPES[dtype]).reshape(shape)
+            except (RuntimeError, TypeError) as error:  # unaligned, too large, another count of elements
+                raise wrong from error
+        case _:
+            raise wrong
+
+
+def _record(path: Path, records: Mapping[str, FileRecord]) -> FileRecord:
+    if path.name not in records:
+        raise CheckpointError(f"{path.parent} is not a checkpoint: its {files.MANIFEST} lists no {path.name}")
+    return records[path.name]
+
+
+def _older_intact(folder: Path) -> str:
+    """What to resume from instead of a damaged checkpoint: the newest before it that is intact."""
+    folder = folder.resolve()
+    siblings = files.complete_checkpoints(folder.parent.parent)
+    for older in siblings[siblings.index(folder) + 1 :] if folder in siblings else []:
+        try:
+            files.verify_folder(older)
+        except (CheckpointError, OSError):
+            continue
+        return f"an older one is intact: pass --resume {older}"
+    return "no older one of this run is intact"

@@ -1,0 +1,178 @@
+"""What a model is: the options that cover Llama, Mistral, Qwen2, Qwen3, SmolLM and GPT-2."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Head = Literal["lm", "scalar"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer, described by Hugging Face's field names.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP (of gate and of up each, for SwiGLU).
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads, a divisor of the query heads (None: as many).
+        head_dim: width of a head, a multiple of 8 (None: hidden_size / num_attention_heads).
+        max_position_embeddings: the longest sequence.
+        tie_word_embeddings: the head uses the embedding's matrix.
+        norm: "rmsnorm" or "layernorm", with ``norm_eps``.
+        position: "rope" or "learned" (GPT-2's architecture, names and [in, out] matrices).
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, ``{"rope_type": "linear", "factor": …}`` or Llama 3's
+            ``{"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}``.
+        mlp: "swiglu", "gelu" (Hugging Face's gelu_new, the tanh form) or "gelu_erf".
+        attention_bias: biases on q, k, v; ``attention_out_bias`` on the output projection (None: as attention_bias).
+        mlp_bias: biases in the MLP.
+        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+        sliding_window: attend to the last so many tokens, itself included (None: to all).
+
+    Raises:
+        ValueError: naming the field that cannot be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 1e4
+    rope_scaling: Mapping[str, Any] | None = None
+    mlp: Literal["swiglu", "gelu", "gelu_erf"] = "swiglu"
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads} must divide "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is no multiple of num_attention_heads = "
+                f"{self.num_attention_heads}; give head_dim"
+            )
+        if self.head_width % 8 or self.head_width < 8:
+            raise ValueError(f"head_dim must be a multiple of 8, but it is {self.head_width}")
+        for name, allowed in (
+            ("norm", ("rmsnorm", "layernorm")),
+            ("position", ("rope", "learned")),
+            ("mlp", ("swiglu", "gelu", "gelu_erf")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but it is {getattr(self, name)!r}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be positive, but it is {self.norm_eps}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, but it is {self.sliding_window}")
+        self._check_rope_scaling()
+        if self.position == "learned":
+            self._check_gpt2()
+
+    def _check_rope_scaling(self) -> None:
+        if self.rope_scaling is None:
+            return
+        needed = {
+            "linear": {"factor"},
+            "llama3": {
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            },
+        }
+        kind = self.rope_scaling.get("rope_type")
+        if kind not in needed:
+            raise ValueError(f"rope_scaling: rope_type must be linear or llama3, but it is {kind!r}")
+        missing = sorted(needed[kind] - set(self.rope_scaling))
+        if missing:
+            raise ValueError(f"rope_scaling of type {kind} lacks {', '.join(missing)}")
+
+    def _check_gpt2(self) -> None:
+        gpt2 = {
+            "norm": ("layernorm",),
+            "mlp": ("gelu", "gelu_erf"),
+            "attention_bias": (True,),
+            "mlp_bias": (True,),
+            "qk_norm": (False,),
+            "sliding_window": (None,),
+            "attention_out_bias": (None, True),
+            "num_key_value_heads": (None, self.num_attention_heads),
+        }
+        for name, allowed in gpt2.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"position='learned' is GPT-2's architecture and needs {name}={allowed[0]!r}, "
+                    f"but it is {getattr(self, name)!r}"
+                )
+        if self.head_width * self.num_attention_heads != self.hidden_size:
+            raise ValueError("position='learned' is GPT-2's architecture: heads x head_dim must be hidden_size")
+
+    @property
+    def head_width(self) -> int:
+        """head_dim, or its default."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """num_key_value_heads, or its default."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        fields = dataclasses.asdict(self)
+        fields["rope_scaling"] = None if self.rope_scaling is None else dict(self.rope_scaling)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of :meth:`to_dict`. An unknown field is a ValueError with a suggestion."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"unknown field {name!r} in a model configuration" + (f"; did you mean {close[0]!r}?" if close else "")
+                )
+        return cls(**fields)
+
+    def core_fields(self, head: Head) -> dict[str, Any]:
+        """What the compiled core wants to know: every default resolved."""
+        fields = self.to_dict()
+        fields["num_key_value_heads"] = self.kv_heads
+        fields["head_dim"] = self.head_width
+        fields["sliding_window"] = self.sliding_window or 0
+        if self.attention_out_bias is None:
+            fields["attention_out_bias"] = self.attention_bias
+        fields["head"] = head
+        return fields

@@ -1,0 +1,1 @@
+"""Data: tokenizer, documents, corpus, packing."""

@@ -1,0 +1,318 @@
+"""The model: parameters in one flat torch tensor, forward and backward in the compiled core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage import _core
+from tutelage.batch import PackedBatch
+from tutelage.config import Head, ModelConfig
+from tutelage.data.tokenizer import Tokenizer
+from tutelage.hub import hugging_face
+
+LOGITS_BUDGET = 256 * 2**20
+"""Bytes of logits kept between forward and backward; more are computed again, a block of tokens at a time."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What :meth:`Model.score` returns, each float32 [N], differentiable, 0 at each sequence's first token.
+
+    Attributes:
+        logprobs: log p(tokens[i] | the tokens of its sequence before it).
+        entropy: of the distribution that predicted tokens[i], in nats.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Model:
+    """A transformer.
+
+    Args:
+        config: its shape.
+        seed: of the initial weights (Philox: the same bits on every machine and ISA level).
+        device: "cpu".
+        head: "lm" (token log-probs) or "scalar" (a value after every token: critics, reward models).
+        dtype: torch.float32, or torch.float64 for gradient checks (the scalar kernels, built for double).
+        recompute: keep only each block's input between forward and backward and run the block again: less memory, a third
+            more arithmetic, the same bits.
+        logits_budget: bytes of logits kept between forward and backward.
+        level: the ISA level of the kernels ("scalar", "avx2" …; None: the best that passed its self-check). All give the
+            same bits; this is for tests.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        device: str = "cpu",
+        head: Head = "lm",
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+        logits_budget: int = LOGITS_BUDGET,
+        level: str | None = None,
+    ) -> None:
+        if device != "cpu":
+            raise ValueError(f"device must be 'cpu' (this build has no other backend), but it is {device!r}")
+        if head not in ("lm", "scalar"):
+            raise ValueError(f"head must be 'lm' or 'scalar', but it is {head!r}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, but it is {dtype}")
+        if dtype == torch.float64 and level is not None:
+            raise ValueError("level chooses among float32 kernels; leave it out with dtype=torch.float64")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in 0 .. 2^64 - 1, but it is {seed}")
+        self.config = config
+        self.head: Head = head
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.recompute = recompute
+        self.logits_budget = logits_budget
+        self.tokenizer: Tokenizer | None = None
+        self._level = level
+        self._engine = _core.Transformer(
+            config.core_fields(head), "float64" if dtype == torch.float64 else level or ""
+        )
+        initial = torch.empty(self._engine.size, dtype=torch.float32)
+        self._engine.initialise(initial, seed, torch.get_num_threads())
+        self.params = initial.to(dtype)
+        self._places = {name: (offset, shape) for name, offset, shape, _ in self._engine.parameters()}
+        self._grads: Tensor | None = None
+        self._grads_seen = False
+        # What autograd hangs our graphs on: the parameters themselves are leaves that the engine, not autograd, adds to.
+        self._anchor = torch.zeros((), dtype=dtype, requires_grad=True)
+
+    def __repr__(self) -> str:
+        return f"Model({self.config}, head={self.head!r}, {self.params.numel():,} parameters, {self.dtype})"
+
+    # ---- forward
+
+    def score(self, batch: PackedBatch, temperature: float = 1.0) -> Score:
+        """Log-prob and entropy of every token, from logits / temperature.
+
+        The bits of a sequence do not depend on what else is in the batch, on the number of threads or on the ISA level.
+        Under ``torch.no_grad()`` nothing is kept for a backward.
+
+        Raises:
+            ValueError: naming the sequence that is empty or too long, or the position and id outside the vocabulary;
+                temperature not positive; a scalar head.
+        """
+        if not (temperature > 0 and temperature < float("inf")):
+            raise ValueError(f"temperature must be positive and finite, but it is {temperature}")
+        return Score(*_Score.apply(self._anchor, self, batch, temperature))
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """The scalar head's value after every token: float32 [N], differentiable.
+
+        A sequence's reward is the value at its last token (``batch.last``); the baseline of the action tokens[i] is value[i-1].
+
+        Raises:
+            ValueError: as :meth:`score`; a language-model head.
+        """
+        values: Tensor = _Values.apply(self._anchor, self, batch)
+        return values
+
+    def activation_bytes(self, tokens: int, sequences: int, *, keep: bool = True) -> int:
+        """Bytes of activations of one forward over so many tokens, kept for a backward (or only needed meanwhile)."""
+        return self._engine.activation_bytes(tokens, sequences, keep, self.recompute, self.logits_budget)
+
+    # ---- parameters and gradients
+
+    @property
+    def grads(self) -> Tensor:
+        """d loss / d params, one flat tensor beside ``params``. Reading it settles what the engine still owed to it: read it
+        again after a backward instead of keeping an old reference."""
+        self._grads_seen = True
+        return self._settled_grads()
+
+    def zero_grad(self) -> None:
+        """Sets the gradients to zero. Until somebody has read ``grads`` nothing is written: the next backward overwrites."""
+        self._engine.forget_gradients()
+        if self._grads_seen:
+            self._settled_grads()
+
+    def _settled_grads(self) -> Tensor:
+        grads = self._grad_buffer()
+        self._engine.finish_gradients(grads, torch.get_num_threads())
+        return grads
+
+    def _grad_buffer(self) -> Tensor:
+        if self._grads is None:
+            self._grads = torch.empty_like(self.params)
+            self._engine.forget_gradients()
+        return self._grads
+
+    def _view(self, flat: Tensor, name: str) -> Tensor:
+        offset, shape = self._places[name]
+        return flat[offset : offset + torch.Size(shape).numel()].view(shape)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, view into ``params``), under Hugging Face's names and in its shapes."""
+        return ((name, self._view(self.params, name)) for name in self._places)
+
+    def named_grads(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, view into ``grads``)."""
+        grads = self.grads
+        return ((name, self._view(grads, name)) for name in self._places)
+
+    def decay_mask(self) -> Tensor:
+        """bool, as ``params``: True where weight decay applies (matrices; not norms and biases)."""
+        mask = torch.zeros(self.params.numel(), dtype=torch.bool)
+        for name, offset, shape, decay in self._engine.parameters():
+            mask[offset : offset + torch.Size(shape).numel()] = decay
+        return mask
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> view into ``params``."""
+        return dict(self.named_parameters())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies every parameter from ``state``.
+
+        Raises:
+            ValueError: naming parameters that are missing, unexpected, or of another shape. Nothing is copied then.
+        """
+        missing = [name for name in self._places if name not in state]
+        unexpected = [name for name in state if name not in self._places]
+        if missing or unexpected:
+            raise ValueError(
+                "the state does not fit this model: "
+                + "; ".join(
+                    f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                    for what, names in (("missing", missing), ("unexpected", unexpected))
+                    if names
+                )
+            )
+        for name, (_, shape) in self._places.items():
+            if tuple(state[name].shape) != tuple(shape):
+                raise ValueError(f"{name} must have shape {list(shape)}, but the state has {list(state[name].shape)}")
+        with torch.no_grad():
+            for name, view in self.named_parameters():
+                view.copy_(state[name])
+
+    def clone(self) -> Model:
+        """A model of its own with the same weights (and tokenizer)."""
+        return self._like(self.dtype)
+
+    def double(self) -> Model:
+        """A copy in float64, for gradient checks."""
+        return self._like(torch.float64)
+
+    def _like(self, dtype: torch.dtype) -> Model:
+        other = Model(
+            self.config,
+            head=self.head,
+            dtype=dtype,
+            recompute=self.recompute,
+            logits_budget=self.logits_budget,
+            level=self._level if dtype == torch.float32 else None,
+        )
+        other.params.copy_(self.params)
+        other.tokenizer = self.tokenizer
+        return other
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, head: Head | None = None, device: str = "cpu", **options: Any) -> Model:
+        """A model from a Hugging Face folder (config.json, safetensors, sharded or not; its tokenizer.json if there is one).
+
+        Args:
+            head: None: what config.json says. "scalar" on a language model's folder gives a fresh scalar head.
+            options: as the constructor's.
+
+        Raises:
+            ValueError: naming the file, field or tensor that does not fit.
+        """
+        config, own_head = hugging_face.read_config(folder)
+        wanted = own_head if head is None else head
+        model = cls(config, device=device, head=wanted, **options)
+        expected = {name: tuple(shape) for name, (_, shape) in model._places.items()}
+        if wanted == "scalar" and own_head == "lm":
+            del expected["score.weight"]
+        with torch.no_grad():
+            for name, tensor in hugging_face.read_tensors(folder, expected):
+                model._view(model.params, name).copy_(tensor)
+        if (Path(folder) / "tokenizer.json").exists():
+            model.tokenizer = Tokenizer.from_pretrained(folder)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load."""
+        hugging_face.write_folder(folder, self.config, self.head, self.named_parameters())
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+
+def _check_unchanged(model: Model, version: int) -> None:
+    if model.params._version != version:
+        raise RuntimeError(
+            "the parameters changed between the forward and its backward; run backward() before the optimizer's step"
+        )
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(batch.tokens.numel(), dtype=model.dtype)
+        entropy = torch.empty_like(logprobs)
+        ctx.graph = model._engine.score(
+            model.params,
+            batch.tokens,
+            batch.cu_seqlens,
+            logprobs,
+            entropy,
+            temperature,
+            ctx.needs_input_grad[0],
+            model.recompute,
+            model.logits_budget,
+            torch.get_num_threads(),
+        )
+        ctx.model, ctx.version = model, model.params._version
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+        d_logprobs, d_entropy = (gradient.contiguous() for gradient in gradients)
+        model: Model = ctx.model
+        _check_unchanged(model, ctx.version)
+        model._engine.backward_score(
+            ctx.graph, model.params, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads()
+        )
+        return None, None, None, None
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch) -> Tensor:
+        values = torch.empty(batch.tokens.numel(), dtype=model.dtype)
+        ctx.graph = model._engine.values(
+            model.params,
+            batch.tokens,
+            batch.cu_seqlens,
+            values,
+            ctx.needs_input_grad[0],
+            model.recompute,
+            torch.get_num_threads(),
+        )
+        ctx.model, ctx.version = model, model.params._version
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        (d_values,) = gradients
+        model: Model = ctx.model
+        _check_unchanged(model, ctx.version)
+        model._engine.backward_values(
+            ctx.graph, model.params, model._grad_buffer(), d_values.contiguous(), torch.get_num_threads()
+        )
+        return None, None, None
