@@ -25,7 +25,7 @@ using LevelName = std::optional<std::string>;
 
 class Argument : public TensorArgument {
  public:
-  Argument(py::handle tensor, const char* name, DType dtype, const Shape& shape) : TensorArgument(tensor, name) {
+  Argument(py::handle tensor, const std::string& name, DType dtype, const Shape& shape) : TensorArgument(tensor, name) {
     view.require_cpu().require_dtype(dtype).require_shape(shape).require_contiguous();
   }
 };
@@ -33,20 +33,20 @@ class Argument : public TensorArgument {
 // One call: the dtype that its first tensor sets for all of them, the table that goes with it, the threads.
 class Call {
  public:
-  Call(py::handle first, const char* name, int threads, const LevelName& level) : threads_(threads) {
+  Call(py::handle first, const std::string& name, int threads, const LevelName& level) : threads_(threads) {
     if (threads < 1) throw ArgumentError("threads must be at least 1, but it is " + std::to_string(threads));
     const TensorArgument argument(first, name);
     dtype_ = argument.view.dtype;
     if (dtype_ != DType::float32 && dtype_ != DType::float64)
-      throw ArgumentError(std::string("argument '") + name + "' must be float32 or float64, but it is " + argument.view.describe());
+      throw ArgumentError("argument '" + name + "' must be float32 or float64, but it is " + argument.view.describe());
     table_ = level ? &find_table(*level) : dtype_ == DType::float32 ? &active_table() : float64_table();
     if (table_->activation_size != dtype_size(dtype_))
       throw ArgumentError("level '" + *level + "' does not take " + dtype_name(dtype_) + " tensors");
   }
 
-  Argument real(py::handle tensor, const char* name, const Shape& shape) const { return {tensor, name, dtype_, shape}; }
+  Argument real(py::handle tensor, const std::string& name, const Shape& shape) const { return {tensor, name, dtype_, shape}; }
   // None where the caller has none
-  std::optional<Argument> optional_real(const py::object& tensor, const char* name, const Shape& shape) const {
+  std::optional<Argument> optional_real(const py::object& tensor, const std::string& name, const Shape& shape) const {
     if (tensor.is_none()) return std::nullopt;
     return real(tensor, name, shape);
   }
@@ -122,9 +122,10 @@ void bind_matmul(py::module_& m) {
       "matmul",
       [](py::handle a, py::handle b, py::handle c, bool transpose_a, bool transpose_b, bool accumulate, const py::object& bias,
          const py::object& residual, const std::string& activation, const py::object& activated, const py::object& pre,
-         int threads, const LevelName& level) {
-        const Call call(a, "a", threads, level);
-        const Argument a_view = call.real(a, "a", {-1, -1}), b_view = call.real(b, "b", {-1, -1});
+         const std::pair<std::string, std::string>& names, int threads, const LevelName& level) {
+        const auto& [a_name, b_name] = names;
+        const Call call(a, a_name, threads, level);
+        const Argument a_view = call.real(a, a_name, {-1, -1}), b_view = call.real(b, b_name, {-1, -1});
         Matmul g;
         g.m = a_view.extent(transpose_a), g.k = a_view.extent(!transpose_a), g.n = b_view.extent(!transpose_b);
         b_view.view.require_shape(transpose_b ? Shape{g.n, g.k} : Shape{g.k, g.n});
@@ -145,7 +146,8 @@ void bind_matmul(py::module_& m) {
         if ((gated && residual_view) || (backward && (bias_view || residual_view || accumulate)))
           throw ArgumentError("activation '" + activation + "' does not go with these of bias, residual and accumulate");
         if (g.m == 0 || g.n == 0 || (g.k == 0 && accumulate)) return;
-        if (g.k == 0) throw ArgumentError("matmul needs an inner dimension of at least 1, but argument 'a' is " + a_view.view.describe());
+        if (g.k == 0) throw ArgumentError("matmul needs an inner dimension of at least 1, but argument '" + a_name + "' is " +
+                            a_view.view.describe());
         g.a = a_view.view.data, g.a_row = transpose_a ? 1 : g.k, g.a_col = transpose_a ? g.m : 1;
         g.b = b_view.view.data, g.b_row = transpose_b ? 1 : g.n, g.b_col = transpose_b ? g.k : 1;
         g.c = c_view.view.data, g.c_row = c_columns, g.accumulate = accumulate;
@@ -156,7 +158,8 @@ void bind_matmul(py::module_& m) {
       },
       "a"_a, "b"_a, "c"_a, py::kw_only(), "transpose_a"_a = false, "transpose_b"_a = false, "accumulate"_a = false,
       "bias"_a = py::none(), "residual"_a = py::none(), "activation"_a = "none", "activated"_a = py::none(),
-      "pre"_a = py::none(), "threads"_a, "level"_a = py::none(), "c [m, n] = op(a) op(b), or c += with accumulate; kernels/matmul.h.");
+      "pre"_a = py::none(), "names"_a = std::pair("a", "b"), "threads"_a, "level"_a = py::none(),
+      "c [m, n] = op(a) op(b), or c += with accumulate; kernels/matmul.h. names: what errors call a and b.");
   m.def(
       "column_sum",
       [](py::handle x, py::handle out, int threads, const LevelName& level) {
@@ -439,14 +442,14 @@ void bind_elementwise(py::module_& m) {
 void bind_linear_logprob(py::module_& m) {
   m.def(
       "linear_logprob",
-      [](py::handle x, py::handle weight, py::handle targets, py::handle logprob, py::handle entropy, py::handle lse,
+      [](py::handle hidden, py::handle weight, py::handle targets, py::handle logprob, py::handle entropy, py::handle lse,
          const py::object& z, double temperature, int threads, const LevelName& level) {
-        const Call call(x, "x", threads, level);
-        const Argument x_view = call.real(x, "x", {-1, -1});
-        const std::int64_t rows = x_view.extent(0), hidden = x_view.extent(1);
-        require_not_empty(hidden, "x", "column");
+        const Call call(hidden, "hidden", threads, level);
+        const Argument hidden_view = call.real(hidden, "hidden", {-1, -1});
+        const std::int64_t rows = hidden_view.extent(0), d = hidden_view.extent(1);
+        require_not_empty(d, "hidden", "column");
         require_positive(temperature, "temperature");
-        const Argument weight_view = call.real(weight, "weight", {-1, hidden});
+        const Argument weight_view = call.real(weight, "weight", {-1, d});
         const std::int64_t vocab = weight_view.extent(0);
         const Argument target_view = token_ids(targets, "targets", rows, vocab);
         const Argument logprob_view = call.real(logprob, "logprob", {rows}), entropy_view = call.real(entropy, "entropy", {rows});
@@ -454,46 +457,46 @@ void bind_linear_logprob(py::module_& m) {
         const auto z_view = call.optional_real(z, "z", {rows, vocab});
         if (rows == 0) return;
         LinearLogprob g;
-        g.rows = rows, g.hidden = hidden, g.vocab = vocab, g.x = x_view.view.data, g.weight = weight_view.view.data;
+        g.rows = rows, g.hidden = d, g.vocab = vocab, g.x = hidden_view.view.data, g.weight = weight_view.view.data;
         g.targets = target_view.data<std::int32_t>(), g.temperature = temperature, g.z = data_of(z_view);
         g.logprob = logprob_view.view.data, g.entropy = entropy_view.view.data, g.lse = lse_view.view.data;
         call.run(&KernelTable::linear_logprob, g);
       },
-      "x"_a, "weight"_a, "targets"_a, "logprob"_a, "entropy"_a, "lse"_a, py::kw_only(), "z"_a = py::none(), "temperature"_a,
+      "hidden"_a, "weight"_a, "targets"_a, "logprob"_a, "entropy"_a, "lse"_a, py::kw_only(), "z"_a = py::none(), "temperature"_a,
       "threads"_a, "level"_a = py::none(),
-      "logprob, entropy, lse [rows] from x [rows, hidden] and weight [vocab, hidden]; z [rows, vocab] receives the scaled "
+      "logprob, entropy, lse [rows] from hidden [rows, d] and weight [vocab, d]; z [rows, vocab] receives the scaled "
       "logits where given; kernels/linear_logprob.h.");
   m.def(
       "linear_logprob_backward",
-      [](py::handle x, py::handle weight, py::handle targets, py::handle entropy, py::handle lse, py::handle d_logprob,
+      [](py::handle hidden, py::handle weight, py::handle targets, py::handle entropy, py::handle lse, py::handle d_logprob,
          py::handle d_entropy, const py::object& dx, const py::object& dweight, const py::object& z, std::int64_t block_rows,
          double temperature, int threads, const LevelName& level) {
-        const Call call(x, "x", threads, level);
-        const Argument x_view = call.real(x, "x", {-1, -1});
-        const std::int64_t rows = x_view.extent(0), hidden = x_view.extent(1);
-        require_not_empty(hidden, "x", "column");
+        const Call call(hidden, "hidden", threads, level);
+        const Argument hidden_view = call.real(hidden, "hidden", {-1, -1});
+        const std::int64_t rows = hidden_view.extent(0), d = hidden_view.extent(1);
+        require_not_empty(d, "hidden", "column");
         require_positive(temperature, "temperature");
-        const Argument weight_view = call.real(weight, "weight", {-1, hidden});
+        const Argument weight_view = call.real(weight, "weight", {-1, d});
         const std::int64_t vocab = weight_view.extent(0);
         const Argument target_view = token_ids(targets, "targets", rows, vocab);
         const Argument entropy_view = call.real(entropy, "entropy", {rows}), lse_view = call.real(lse, "lse", {rows});
         const Argument d_logprob_view = call.real(d_logprob, "d_logprob", {rows});
         const Argument d_entropy_view = call.real(d_entropy, "d_entropy", {rows});
-        const auto dx_view = call.optional_real(dx, "dx", {rows, hidden});
-        const auto dweight_view = call.optional_real(dweight, "dweight", {vocab, hidden});
+        const auto dx_view = call.optional_real(dx, "dx", {rows, d});
+        const auto dweight_view = call.optional_real(dweight, "dweight", {vocab, d});
         const auto z_view = call.optional_real(z, "z", {rows, vocab});
         if (!z_view && block_rows < 1)
           throw ArgumentError("block_rows must be at least 1 where no logits are kept, but it is " + std::to_string(block_rows));
         if (rows == 0) return;
         LinearLogprobBackward g;
-        g.rows = rows, g.hidden = hidden, g.vocab = vocab, g.x = x_view.view.data, g.weight = weight_view.view.data;
+        g.rows = rows, g.hidden = d, g.vocab = vocab, g.x = hidden_view.view.data, g.weight = weight_view.view.data;
         g.targets = target_view.data<std::int32_t>(), g.temperature = temperature;
         g.z = data_of(z_view), g.block_rows = block_rows, g.entropy = entropy_view.view.data, g.lse = lse_view.view.data;
         g.d_logprob = d_logprob_view.view.data, g.d_entropy = d_entropy_view.view.data;
         g.dx = data_of(dx_view), g.dweight = data_of(dweight_view);
         call.run(&KernelTable::linear_logprob_backward, g);
       },
-      "x"_a, "weight"_a, "targets"_a, "entropy"_a, "lse"_a, "d_logprob"_a, "d_entropy"_a, py::kw_only(), "dx"_a = py::none(),
+      "hidden"_a, "weight"_a, "targets"_a, "entropy"_a, "lse"_a, "d_logprob"_a, "d_entropy"_a, py::kw_only(), "dx"_a = py::none(),
       "dweight"_a = py::none(), "z"_a = py::none(), "block_rows"_a = 0, "temperature"_a, "threads"_a, "level"_a = py::none(),
       "dx = ..., dweight += ...; z: the kept logits, overwritten; without them they are computed again, block_rows at a time.");
 }

@@ -20,6 +20,7 @@ namespace tutelage {
 
 void bind_kernels(py::module_& m);
 void bind_model(py::module_& m);
+void bind_ceilings(py::module_& m);
 
 namespace {
 
@@ -68,4 +69,5 @@ PYBIND11_MODULE(_core, m) {
   tutelage::bind_memory(m);
   tutelage::bind_kernels(m);
   tutelage::bind_model(m);
+  tutelage::bind_ceilings(m);
 }

@@ -42,6 +42,7 @@ std::int64_t TensorView::size() const {
 }
 
 bool TensorView::contiguous() const {
+  if (size() == 0) return true;
   std::int64_t expected = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
     if (shape[i] != 1 && strides[i] != expected) return false;

@@ -4,14 +4,52 @@
 
 namespace tutelage {
 
+namespace {
+
+// 1, 1/step!, ...: coefficient i of a Taylor series, (first + i * step)! in the denominator, signs alternating or not.
+template <int terms>
+struct Series {
+  double at[terms];
+};
+template <int terms>
+constexpr Series<terms> taylor(int first, int step, double sign) {
+  Series<terms> series{};
+  double factorial = 1;
+  for (int i = 1; i <= first; ++i) factorial *= i;
+  double signed_one = 1;
+  for (int i = 0; i < terms; ++i) {
+    series.at[i] = signed_one / factorial;
+    for (int k = 1; k <= step; ++k) factorial *= first + i * step + k;
+    signed_one *= sign;
+  }
+  return series;
+}
+template <int terms>
+constexpr Series<terms> odd_reciprocals() {
+  Series<terms> series{};
+  for (int i = 0; i < terms; ++i) series.at[i] = 1.0 / (2 * i + 1);
+  return series;
+}
+template <int terms>
+double horner(const Series<terms>& series, double x) {
+  double sum = series.at[terms - 1];
+  for (int i = terms - 2; i >= 0; --i) sum = sum * x + series.at[i];
+  return sum;
+}
+
+constexpr auto kExp = taylor<16>(0, 1, 1);      // 0.3466^16 / 16! = 2e-21
+constexpr auto kSin = taylor<10>(1, 2, -1);     // (pi/4)^21 / 21! = 1e-22
+constexpr auto kCos = taylor<10>(0, 2, -1);     // (pi/4)^20 / 20! = 3e-21
+constexpr auto kAtanh = odd_reciprocals<12>();  // 0.0295^12 / 25 = 2e-20
+
+}  // namespace
+
 // nearbyint, ldexp and frexp are exact operations: they round nothing that could differ.
 
 double fixed_exp(double x) {
   const double n = std::nearbyint(x * 1.4426950408889634);
   const double r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;  // ln 2 in two parts
-  double p = 1.0;
-  for (int i = 18; i >= 1; --i) p = 1.0 + p * r / i;  // Taylor; 0.35^19 / 19! = 2e-26
-  return std::ldexp(p, static_cast<int>(n));
+  return std::ldexp(horner(kExp, r), static_cast<int>(n));
 }
 
 double fixed_log(double x) {
@@ -19,9 +57,7 @@ double fixed_log(double x) {
   double m = std::frexp(x, &e);  // [0.5, 1)
   if (m < 0.70710678118654752) m *= 2, --e;
   const double s = (m - 1) / (m + 1), s2 = s * s;
-  double p = 0;
-  for (int i = 27; i >= 1; i -= 2) p = p * s2 + 1.0 / i;  // 2 atanh(s); 0.0295^14 / 29 = 1e-23
-  return e * 6.93145751953125e-1 + (2 * s * p + e * 1.42860682030941723212e-6);
+  return e * 6.93145751953125e-1 + (2 * s * horner(kAtanh, s2) + e * 1.42860682030941723212e-6);  // log m = 2 atanh(s)
 }
 
 SinCos fixed_sincos(double x) {
@@ -29,12 +65,7 @@ SinCos fixed_sincos(double x) {
   const double n = std::nearbyint(x * 0.63661977236758134);
   const double r = ((x - n * 1.57079632673412561417) - n * 6.07710050630396597660e-11) - n * 2.02226624871116645580e-21;
   const double r2 = r * r;
-  double s = 1.0, c = 1.0;
-  for (int i = 20; i >= 2; i -= 2) {
-    s = 1.0 - s * r2 / (i * (i + 1));
-    c = 1.0 - c * r2 / (i * (i - 1));
-  }
-  s *= r;
+  const double s = horner(kSin, r2) * r, c = horner(kCos, r2);
   switch (static_cast<long long>(n) & 3) {
     case 0: return {s, c};
     case 1: return {c, -s};

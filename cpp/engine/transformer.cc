@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <string>
 
 #include "core/error.h"
@@ -315,6 +316,12 @@ void Transformer::forget_gradients() {
   owed_zero_.assign(owed_zero_.size(), true);
   for (std::int32_t id : slot_ids_) slot_of_[static_cast<std::size_t>(id)] = -1;
   slot_ids_.clear();
+  partial_ = false;
+}
+
+void Transformer::require_whole_gradients() const {
+  if (partial_)
+    throw std::runtime_error("a backward ended in the middle, so the gradients hold only part of it; call zero_grad() first");
 }
 
 // Before the parameters at `offset` (several named ones, where the engine sees one matrix) receive a gradient: true when their
@@ -333,6 +340,7 @@ bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
 }
 
 void Transformer::finish_gradients(void* grads, int threads) {
+  require_whole_gradients();
   for (const Parameter& parameter : layout_.parameters) settle(grads, parameter.offset, false);
   if (slot_ids_.empty()) return;
   const std::int64_t e = table_.activation_size;
@@ -515,6 +523,7 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
 void Transformer::backward_score(Graph& g, const void* params, void* grads, const void* d_logprobs, const void* d_entropy,
                                  int threads, void (*poll)()) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; score the batch again for another one");
+  require_whole_gradients();
   if (g.rows_ == 0) {  // only first tokens: nothing was predicted, so nothing has a gradient
     g.used_ = true;
     g.memory_.reset();
@@ -528,7 +537,7 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   Plan plan{e, static_cast<char*>(memory.data())};
   const Stack s = lay_out_stack(g, plan);
 
-  g.used_ = true;  // from here on the kept logits are overwritten
+  g.used_ = partial_ = true;  // from here on the kept logits are overwritten and grads written
   const bool fresh = settle(grads, layout_.head, true);
   LinearLogprobBackward head;
   head.rows = g.rows_, head.hidden = d, head.vocab = c.vocab_size;
@@ -544,19 +553,21 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,
                 s.d_norm, s.dx, false, threads);
   backward_body(g, params, grads, s, threads, poll);
+  partial_ = false;
   g.memory_.reset();
 }
 
 void Transformer::backward_values(Graph& g, const void* params, void* grads, const void* d_values, int threads,
                                   void (*poll)()) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; compute the values again for another one");
+  require_whole_gradients();
   const std::int64_t e = table_.activation_size, n = g.tokens_, d = config_.hidden_size;
   Plan counting{e};
   lay_out_stack(g, counting);
   Buffer memory(table_, counting.used);
   Plan plan{e, static_cast<char*>(memory.data())};
   const Stack s = lay_out_stack(g, plan);
-  g.used_ = true;
+  g.used_ = partial_ = true;
   Matmul dw;  // dweight [1, d] += dvalues^T hidden
   dw.accumulate = !settle(grads, layout_.head, true);
   dw.m = 1, dw.n = d, dw.k = n, dw.a = d_values, dw.a_row = 1, dw.a_col = 1, dw.b = g.hidden_, dw.b_row = d, dw.b_col = 1;
@@ -569,6 +580,7 @@ void Transformer::backward_values(Graph& g, const void* params, void* grads, con
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, n, g.mean_, g.rstd_, s.d_norm, s.dx, false,
                 threads);
   backward_body(g, params, grads, s, threads, poll);
+  partial_ = false;
   g.memory_.reset();
 }
 

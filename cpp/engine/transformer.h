@@ -111,7 +111,8 @@ class Transformer {
 
   // Gradients count as zero from here on; the buffer itself is written when the first gradient arrives, or by finish_gradients.
   void forget_gradients();
-  // Writes what is still owed to grads: zeros not yet written, the tied look-up's rows.
+  // Writes what is still owed to grads: zeros not yet written, the tied look-up's rows. After a backward that ended in the middle
+  // (out of memory, Ctrl-C) this and every further backward throw until forget_gradients(): grads hold part of it.
   void finish_gradients(void* grads, int threads);
 
   // Bytes that a forward keeps (or needs while it runs, when keep is false), for `sequences` sequences of `tokens` in all.
@@ -142,6 +143,7 @@ class Transformer {
   void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
                        const void* x, const void* dy, int threads);
   bool settle(void* grads, std::int64_t offset, bool overwritten);
+  void require_whole_gradients() const;
 
   const Config config_;
   const Layout layout_;
@@ -151,6 +153,7 @@ class Transformer {
   std::vector<bool> owed_zero_;              // by parameter: its stretch of grads counts as zero but was not written
   std::vector<std::int32_t> slot_of_, slot_ids_;  // the tied look-up's rows: slot of a token id (or -1), id of a slot
   Buffer lookup_;
+  bool partial_ = false;  // a backward ended in the middle
 };
 
 }  // namespace tutelage

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "kernels/adamw.h"
+#include "kernels/ceilings.h"
 #include "kernels/column_sum.h"
 #include "kernels/embedding.h"
 #include "kernels/flash_attention.h"
@@ -47,6 +48,8 @@ struct KernelTable {
   void (*adamw)(const AdamW&, int threads);
   void (*total)(const Total&, int threads);
   void (*sum_of_squares)(const SumOfSquares&, int threads);
+  void (*fma_peak)(const FmaPeak&, int threads);
+  void (*read_sweep)(const ReadSweep&, int threads);
 
   void* (*allocate)(std::size_t bytes);
   void (*release)(void* block) noexcept;

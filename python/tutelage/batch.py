@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +101,11 @@ class PackedBatch:
         )
 
 
+def _vector(x: Any) -> Tensor:
+    # Not torch.as_tensor: it warns of read-only arrays, as a memory-mapped corpus is.
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+
+
 def pack(seqs: Iterable[Any], masks: Sequence[Any] | None = None) -> PackedBatch:
     """Lays sequences end to end.
 
@@ -111,11 +118,19 @@ def pack(seqs: Iterable[Any], masks: Sequence[Any] | None = None) -> PackedBatch
     """
     rows: list[Tensor] = []
     for s, seq in enumerate(seqs):
-        row = torch.as_tensor(seq)
+        try:
+            row = _vector(seq)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"sequence {s} must be a vector of integer token ids, but it is {reprlib.repr(seq)}"
+            ) from error
         if row.dim() != 1 or row.numel() == 0:
-            raise ValueError(f"sequence {s} must be a vector of at least one token id, but its shape is {list(row.shape)}")
+            raise ValueError(
+                f"sequence {s} must be a vector of at least one token id, but its shape is {list(row.shape)}"
+            )
         if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
             raise ValueError(f"sequence {s} must hold integer token ids, but it is {row.dtype}")
+        row = row.to(torch.int64)
         if int(row.min()) < 0 or int(row.max()) > 2**31 - 1:
             raise ValueError(f"sequence {s} holds a token id outside 0 .. 2^31 - 1")
         rows.append(row.to(torch.int32))
@@ -129,7 +144,7 @@ def pack(seqs: Iterable[Any], masks: Sequence[Any] | None = None) -> PackedBatch
     else:
         if len(masks) != len(rows):
             raise ValueError(f"there are {len(rows)} sequences but {len(masks)} masks")
-        parts = [torch.as_tensor(m, dtype=torch.bool) for m in masks]
+        parts = [_vector(mask).to(torch.bool) for mask in masks]
         for s, (row, part) in enumerate(zip(rows, parts, strict=True)):
             if part.shape != row.shape:
                 raise ValueError(f"the mask of sequence {s} has shape {list(part.shape)}, its tokens {list(row.shape)}")

@@ -7,9 +7,8 @@ A checkpoint folder holds `tensors.safetensors` (the safetensors format, which a
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,10 @@ import torch
 
 from tutelage import files
 from tutelage.files import DISK, Buffer, CheckpointError, DamagedCheckpointError, Disk, FileRecord
+from tutelage.safetensors_io import DTYPES, METADATA, safetensors_chunks
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
-_METADATA = "__metadata__"  # the entry of a safetensors header that is no tensor
-
-_PIECE_BYTES = 16 << 20  # a tensor on a device is copied to the host in pieces of this size
-_HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,10 @@ def save_checkpoint(
     check_json(state, "state")
     content = {"format_version": files.FORMAT_VERSION, "step": step, "state": state}
     document = json.dumps(content, indent=1, sort_keys=True).encode()
-    parts: dict[str, Iterable[Buffer]] = {TENSORS: safetensors_chunks(tensors), STATE: [document]}
+    parts: dict[str, Iterable[Buffer]] = {
+        TENSORS: safetensors_chunks(tensors, {"format_version": str(files.FORMAT_VERSION)}),
+        STATE: [document],
+    }
     return files.save_folder(run_folder, step, parts, keep, disk)
 
 
@@ -112,46 +98,6 @@ def check_json(value: object, where: str) -> None:
         )
 
 
-def safetensors_chunks(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Iterator[Buffer]:
-    """The bytes of a safetensors file, for `files.write_file_atomic` or a checkpoint, a piece at a time.
-
-    Widest elements first, then by name, as the safetensors library does it: each tensor is aligned to its
-    element. Raises TypeError naming a tensor whose name, dtype or layout the format does not have.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {
-        _METADATA: {"format": "pt", "format_version": str(files.FORMAT_VERSION), **(metadata or {})}
-    }
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        if name == _METADATA:
-            raise TypeError(f"no tensor can be named {name!r}: the format uses that name itself")
-        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided:
-            raise TypeError(
-                f"the tensor {name!r} is {tensor.dtype}, {tensor.layout}: a checkpoint cannot hold it"
-            )
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(math.ceil(len(text) / _HEADER_ALIGNMENT) * _HEADER_ALIGNMENT)
-    return _chunks(text, [tensors[name] for name in names])
-
-
-def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[Buffer]:
-    yield len(header).to_bytes(8, "little") + header
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for start in range(0, len(flat), _PIECE_BYTES):
-            yield flat[start : start + _PIECE_BYTES].cpu().numpy().data
-
-
 def _load_state(path: Path, records: Mapping[str, FileRecord]) -> tuple[int, dict[str, Any]]:
     content = bytearray(_record(path, records).size)
     files.read_checked(path, _record(path, records), memoryview(content))
@@ -187,7 +133,7 @@ def _load_tensors(path: Path, records: Mapping[str, FileRecord]) -> dict[str, to
             files.check_version(path, int(version) if re.fullmatch("[0-9]{1,9}", version) else version)
         case _:
             raise DamagedCheckpointError(f"{path} is damaged: its header has no format_version")
-    del header[_METADATA]
+    del header[METADATA]
     return {name: _view(path, content[data_start:], name, entry) for name, entry in header.items()}
 
 
@@ -198,11 +144,11 @@ def _view(path: Path, data: torch.Tensor, name: str, entry: object) -> torch.Ten
     )
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-            known = dtype in _DTYPES and all(type(size) is int and size >= 0 for size in shape)
+            known = dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
             if not known or not 0 <= begin <= end <= len(data):
                 raise wrong
             try:
-                return data[begin:end].view(_DTYPES[dtype]).reshape(shape)
+                return data[begin:end].view(DTYPES[dtype]).reshape(shape)
             except (RuntimeError, TypeError) as error:  # unaligned, too large, another count of elements
                 raise wrong from error
         case _:

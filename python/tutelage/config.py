@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,7 +73,7 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}")
-        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+        if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} must divide "
                 f"num_attention_heads = {self.num_attention_heads}"
@@ -91,8 +92,9 @@ class ModelConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but it is {getattr(self, name)!r}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be positive, but it is {self.norm_eps}")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, but it is {getattr(self, name)}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 or None, but it is {self.sliding_window}")
         self._check_rope_scaling()
@@ -117,6 +119,11 @@ class ModelConfig:
         missing = sorted(needed[kind] - set(self.rope_scaling))
         if missing:
             raise ValueError(f"rope_scaling of type {kind} lacks {', '.join(missing)}")
+        for name in sorted(needed[kind]):
+            if not 0 < self.rope_scaling[name] < math.inf:
+                raise ValueError(
+                    f"rope_scaling: {name} must be positive and finite, but it is {self.rope_scaling[name]}"
+                )
 
     def _check_gpt2(self) -> None:
         gpt2 = {
@@ -126,6 +133,7 @@ class ModelConfig:
             "mlp_bias": (True,),
             "qk_norm": (False,),
             "sliding_window": (None,),
+            "rope_scaling": (None,),
             "attention_out_bias": (None, True),
             "num_key_value_heads": (None, self.num_attention_heads),
         }

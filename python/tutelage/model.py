@@ -60,6 +60,7 @@ class Model:
         recompute: bool = False,
         logits_budget: int = LOGITS_BUDGET,
         level: str | None = None,
+        _initialise: bool = True,  # False: the caller fills params
     ) -> None:
         if device != "cpu":
             raise ValueError(f"device must be 'cpu' (this build has no other backend), but it is {device!r}")
@@ -82,9 +83,11 @@ class Model:
         self._engine = _core.Transformer(
             config.core_fields(head), "float64" if dtype == torch.float64 else level or ""
         )
-        initial = torch.empty(self._engine.size, dtype=torch.float32)
-        self._engine.initialise(initial, seed, torch.get_num_threads())
-        self.params = initial.to(dtype)
+        self.params = torch.empty(self._engine.size, dtype=dtype)
+        if _initialise:
+            initial = torch.empty_like(self.params, dtype=torch.float32)
+            self._engine.initialise(initial, seed, torch.get_num_threads())
+            self.params = initial.to(dtype)
         self._places = {name: (offset, shape) for name, offset, shape, _ in self._engine.parameters()}
         self._grads: Tensor | None = None
         self._grads_seen = False
@@ -108,7 +111,7 @@ class Model:
         """
         if not (temperature > 0 and temperature < float("inf")):
             raise ValueError(f"temperature must be positive and finite, but it is {temperature}")
-        return Score(*_Score.apply(self._anchor, self, batch, temperature))
+        return Score(*_Score.apply(self._anchor, self, batch, temperature, torch.is_grad_enabled()))
 
     def values(self, batch: PackedBatch) -> Tensor:
         """The scalar head's value after every token: float32 [N], differentiable.
@@ -118,7 +121,7 @@ class Model:
         Raises:
             ValueError: as :meth:`score`; a language-model head.
         """
-        values: Tensor = _Values.apply(self._anchor, self, batch)
+        values: Tensor = _Values.apply(self._anchor, self, batch, torch.is_grad_enabled())
         return values
 
     def activation_bytes(self, tokens: int, sequences: int, *, keep: bool = True) -> int:
@@ -217,6 +220,7 @@ class Model:
             recompute=self.recompute,
             logits_budget=self.logits_budget,
             level=self._level if dtype == torch.float32 else None,
+            _initialise=False,
         )
         other.params.copy_(self.params)
         other.tokenizer = self.tokenizer
@@ -235,12 +239,14 @@ class Model:
         """
         config, own_head = hugging_face.read_config(folder)
         wanted = own_head if head is None else head
-        model = cls(config, device=device, head=wanted, **options)
+        fresh_head = wanted == "scalar" and own_head == "lm"
+        model = cls(config, device=device, head=wanted, _initialise=fresh_head, **options)
         expected = {name: tuple(shape) for name, (_, shape) in model._places.items()}
-        if wanted == "scalar" and own_head == "lm":
+        tied = config.tie_word_embeddings and wanted == "lm"
+        if fresh_head:
             del expected["score.weight"]
         with torch.no_grad():
-            for name, tensor in hugging_face.read_tensors(folder, expected):
+            for name, tensor in hugging_face.read_tensors(folder, expected, tied=tied):
                 model._view(model.params, name).copy_(tensor)
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
@@ -248,7 +254,15 @@ class Model:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load."""
-        hugging_face.write_folder(folder, self.config, self.head, self.named_parameters())
+        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        hugging_face.write_folder(
+            folder,
+            self.config,
+            self.head,
+            self.named_parameters(),
+            eos_token_ids=() if eos is None else (eos,),
+            bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
+        )
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 
@@ -260,9 +274,12 @@ def _check_unchanged(model: Model, version: int) -> None:
         )
 
 
+# `keep` is the caller's torch.is_grad_enabled(): inside forward() it is off, and needs_input_grad ignores it.
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, temperature: float, keep: bool
+    ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(batch.tokens.numel(), dtype=model.dtype)
         entropy = torch.empty_like(logprobs)
         ctx.graph = model._engine.score(
@@ -272,7 +289,7 @@ class _Score(torch.autograd.Function):
             logprobs,
             entropy,
             temperature,
-            ctx.needs_input_grad[0],
+            keep,
             model.recompute,
             model.logits_budget,
             torch.get_num_threads(),
@@ -281,26 +298,26 @@ class _Score(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None, None]:
         d_logprobs, d_entropy = (gradient.contiguous() for gradient in gradients)
         model: Model = ctx.model
         _check_unchanged(model, ctx.version)
         model._engine.backward_score(
             ctx.graph, model.params, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads()
         )
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 class _Values(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch) -> Tensor:
+    def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, keep: bool) -> Tensor:
         values = torch.empty(batch.tokens.numel(), dtype=model.dtype)
         ctx.graph = model._engine.values(
             model.params,
             batch.tokens,
             batch.cu_seqlens,
             values,
-            ctx.needs_input_grad[0],
+            keep,
             model.recompute,
             torch.get_num_threads(),
         )
@@ -308,11 +325,11 @@ class _Values(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
         (d_values,) = gradients
         model: Model = ctx.model
         _check_unchanged(model, ctx.version)
         model._engine.backward_values(
             ctx.graph, model.params, model._grad_buffer(), d_values.contiguous(), torch.get_num_threads()
         )
-        return None, None, None
+        return None, None, None, None

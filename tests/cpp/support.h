@@ -55,7 +55,7 @@ std::vector<T> blank(int64_t n) {  // an output before it is written
 
 template <class T>
 bool same_bits(const T* x, const T* y, int64_t n) {
-  return std::memcmp(x, y, static_cast<std::size_t>(n) * sizeof(T)) == 0;
+  return n == 0 || std::memcmp(x, y, static_cast<std::size_t>(n) * sizeof(T)) == 0;  // an empty vector's data may be null
 }
 template <class T>
 bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {

@@ -59,7 +59,7 @@ TEST(the_gradient_is_one_chain_a_row_over_its_tokens_in_order) {
         scalar_table()->embedding_backward({end - begin, d, ids.data() + begin, dy.data() + begin * d, cut.data()}, 2);
       }
       CHECK(same_bits(cut, expected), tokens, d);
-      if (tokens == 64) CHECK(!same_bits(reversed, expected), "control: the order shows", d);
+      if (tokens == 64 && d > 8) CHECK(!same_bits(reversed, expected), "control: the order shows", d);
     }
 }
 

@@ -28,7 +28,12 @@ struct Wrong {
    }}
 const Wrong kWrong[] = {
     WRONG("matmul", matmul, Matmul, c),
-    WRONG("matmul + gelu", matmul, Matmul, activation == Activation::gelu ? g.c : &unused),
+    {"matmul + swiglu backward", [](KernelTable& t) {  // one epilogue only
+       t.matmul = [](const Matmul& g, int threads) {
+         scalar_table()->matmul(g, threads);
+         if (g.activation == Activation::swiglu_backward) flip(g.activated);
+       };
+     }},
     WRONG("flash_attention", flash_attention, Attention, lse),
     WRONG("flash_attention", flash_attention_backward, AttentionBackward, dk),
     WRONG("rms_norm, layer_norm, column_sum", rms_norm, RmsNorm, y),

@@ -11,40 +11,62 @@ struct Case {
   double temperature = 1.0;
   bool kept = false;            // logits between forward and backward
   int64_t block_rows = 4;       // when they are computed again
+  bool indexed = false;         // row r at place 2 (rows - r) of logprob and entropy
+  bool accumulate = true;
   std::string name() const {
-    return text(rows, "x", hidden, "x", vocab, "temperature", temperature, "kept", kept, "block", block_rows);
+    return text(rows, "x", hidden, "x", vocab, "temperature", temperature, "kept", kept, "block", block_rows, "indexed", indexed,
+                "accumulate", accumulate);
   }
 };
 
 template <class T>
 struct Operands {
+  int64_t places;  // of logprob, entropy and their gradients
   std::vector<T> x, weight, d_logprob, d_entropy, z, logprob, entropy, lse, dx, dweight;
-  std::vector<int32_t> targets;
+  std::vector<int32_t> targets, index;
 
   Operands(const Case& g, const Source<T>& in)
-      : x(in(g.rows * g.hidden, 1)),
+      : places(g.indexed ? 2 * g.rows + 1 : g.rows),
+        x(in(g.rows * g.hidden, 1)),
         weight(in(g.vocab * g.hidden, 2)),
-        d_logprob(in(g.rows, 3)),
-        d_entropy(in(g.rows, 4)),
+        d_logprob(in(places, 3)),
+        d_entropy(in(places, 4)),
         z(blank<T>(g.kept ? g.rows * g.vocab : 0)),
-        logprob(blank<T>(g.rows)),
+        logprob(static_cast<std::size_t>(places), T(kPad)),
         entropy(logprob),
-        lse(logprob),
+        lse(blank<T>(g.rows)),
         dx(blank<T>(g.rows * g.hidden)),
-        dweight(in(g.vocab * g.hidden, 5)) {
-    for (int64_t i = 0; i < g.rows; ++i) targets.push_back(int32_t(i % 3 == 2 ? g.vocab - 1 : i * 131 % g.vocab));
+        dweight(g.accumulate ? in(g.vocab * g.hidden, 5) : blank<T>(g.vocab * g.hidden)) {
+    for (int64_t i = 0; i < g.rows; ++i) {
+      targets.push_back(int32_t(i % 3 == 2 ? g.vocab - 1 : i * 131 % g.vocab));
+      index.push_back(int32_t(g.indexed ? 2 * (g.rows - i) : i));
+    }
   }
-  // Rows [begin, end); z is there only for all rows at once.
+  int64_t first(const Case& g, int64_t begin) const { return g.indexed ? 0 : begin; }  // place of row `begin` without an index
+
+  // Rows [begin, end).
   void forward(const Case& g, const KernelTable& t, int threads, int64_t begin, int64_t end) {
-    t.linear_logprob({end - begin, g.hidden, g.vocab, &x[begin * g.hidden], weight.data(), &targets[begin], g.temperature,
-                      g.kept ? z.data() + begin * g.vocab : nullptr, &logprob[begin], &entropy[begin], &lse[begin]},
-                     threads);
+    LinearLogprob call;
+    call.rows = end - begin, call.hidden = g.hidden, call.vocab = g.vocab, call.temperature = g.temperature;
+    call.x = x.data() + begin * g.hidden, call.weight = weight.data(), call.targets = targets.data() + begin;
+    call.index = g.indexed ? index.data() + begin : nullptr;
+    call.z = g.kept ? z.data() + begin * g.vocab : nullptr;
+    call.logprob = logprob.data() + first(g, begin), call.entropy = entropy.data() + first(g, begin), call.lse = lse.data() + begin;
+    t.linear_logprob(call, threads);
+  }
+  LinearLogprobBackward backward_call(const Case& g, int64_t begin, int64_t end) {
+    LinearLogprobBackward call;
+    call.rows = end - begin, call.hidden = g.hidden, call.vocab = g.vocab, call.temperature = g.temperature;
+    call.x = x.data() + begin * g.hidden, call.weight = weight.data(), call.targets = targets.data() + begin;
+    call.index = g.indexed ? index.data() + begin : nullptr;
+    call.z = g.kept ? z.data() + begin * g.vocab : nullptr, call.block_rows = g.block_rows;
+    call.entropy = entropy.data() + first(g, begin), call.lse = lse.data() + begin;
+    call.d_logprob = d_logprob.data() + first(g, begin), call.d_entropy = d_entropy.data() + first(g, begin);
+    call.dx = dx.data() + begin * g.hidden, call.dweight = dweight.data(), call.accumulate = g.accumulate;
+    return call;
   }
   void backward(const Case& g, const KernelTable& t, int threads, int64_t begin, int64_t end) {
-    t.linear_logprob_backward({end - begin, g.hidden, g.vocab, &x[begin * g.hidden], weight.data(), &targets[begin], g.temperature,
-                               g.kept ? z.data() + begin * g.vocab : nullptr, g.block_rows, &entropy[begin], &lse[begin],
-                               &d_logprob[begin], &d_entropy[begin], &dx[begin * g.hidden], dweight.data()},
-                              threads);
+    t.linear_logprob_backward(backward_call(g, begin, end), threads);
   }
   Outputs<T> outputs() const { return {logprob, entropy, lse, dx, dweight}; }
 };
@@ -59,9 +81,10 @@ Outputs<T> run(const Case& g, const KernelTable& t, int threads, const Source<T>
 
 std::vector<std::vector<wide>> reference(const Case& g) {
   const Operands<double> x(g, Source<double>{});
-  std::vector<std::vector<wide>> out(5);
-  out[3].resize(x.dx.size());
-  out[4].assign(x.dweight.begin(), x.dweight.end());
+  std::vector<std::vector<wide>> out;
+  for (const std::vector<double>& start : x.outputs()) out.emplace_back(start.begin(), start.end());
+  std::fill(out[3].begin(), out[3].end(), 0);
+  if (!g.accumulate) std::fill(out[4].begin(), out[4].end(), 0);
   std::vector<wide> z(static_cast<std::size_t>(g.vocab));
   for (int64_t i = 0; i < g.rows; ++i) {
     wide top = -INFINITY, sum = 0, entropy = 0;
@@ -74,10 +97,11 @@ std::vector<std::vector<wide>> reference(const Case& g) {
     for (wide v : z) sum += std::exp(v - top);
     const wide lse = top + std::log(sum);
     for (wide v : z) entropy -= std::exp(v - lse) * (v - lse);
-    out[0].push_back(z[x.targets[i]] - lse), out[1].push_back(entropy), out[2].push_back(lse);
+    const int64_t at = x.index[i];
+    out[0][at] = z[x.targets[i]] - lse, out[1][at] = entropy, out[2][i] = lse;
     for (int64_t j = 0; j < g.vocab; ++j) {
       const wide p = std::exp(z[j] - lse);
-      const wide dz = (x.d_logprob[i] * ((j == x.targets[i] ? 1 : 0) - p) - x.d_entropy[i] * p * (z[j] - lse + entropy)) / g.temperature;
+      const wide dz = (x.d_logprob[at] * ((j == x.targets[i] ? 1 : 0) - p) - x.d_entropy[at] * p * (z[j] - lse + entropy)) / g.temperature;
       for (int64_t f = 0; f < g.hidden; ++f) {
         out[3][i * g.hidden + f] += dz * x.weight[j * g.hidden + f];
         out[4][j * g.hidden + f] += dz * x.x[i * g.hidden + f];
@@ -108,6 +132,11 @@ TEST(shapes) {
     for (int64_t rows : {1, 5, 13})
       for (bool kept : {false, true}) check({rows, 24, vocab, 1.0, kept});
   check({7, 1, 300});
+  for (bool kept : {false, true}) {
+    check({7, 24, 300, 0.7, kept, 3, true});
+    check({7, 24, 300, 1.0, kept, 3, false, false});
+    check({7, 24, 300, 0.7, kept, 3, true, false});
+  }
   check({7, 37, 300, 0.7});
   check({7, 37, 300, 0.7, true});
   check({7, 8, 300, 100.0, true});
@@ -162,8 +191,8 @@ TEST(logits_computed_again_in_any_blocks_give_the_bits_of_kept_ones) {
 
 TEST(a_row_alone_has_the_bits_it_has_in_the_batch_and_a_cut_batch_continues_the_chain) {
   for (const KernelTable* t : float_tables())
-    for (bool kept : {false, true}) {
-      const Case g{13, 24, 530, 0.7, kept};
+    for (int options = 0; options < 4; ++options) {
+      const Case g{13, 24, 530, 0.7, bool(options & 1), 4, bool(options & 2)};
       Operands<float> all(g, {}), rows(g, {}), reversed(g, {});
       all.forward(g, *t, 2, 0, g.rows);
       all.backward(g, *t, 2, 0, g.rows);
@@ -190,9 +219,8 @@ TEST(gradients_that_are_not_wanted_may_be_null) {
     for (bool weight : {false, true}) {
       Operands<float> x(g, {});
       x.forward(g, *scalar_table(), 1, 0, g.rows);
-      LinearLogprobBackward call{g.rows, g.hidden, g.vocab, x.x.data(), x.weight.data(), x.targets.data(), 1.0,
-                                 kept ? x.z.data() : nullptr, 3, x.entropy.data(), x.lse.data(), x.d_logprob.data(),
-                                 x.d_entropy.data(), weight ? nullptr : x.dx.data(), weight ? x.dweight.data() : nullptr};
+      LinearLogprobBackward call = x.backward_call(g, 0, g.rows);
+      (weight ? call.dx : call.dweight) = nullptr;
       scalar_table()->linear_logprob_backward(call, 2);
       CHECK(weight ? same_bits(x.dweight, both[4]) : same_bits(x.dx, both[3]), kept, weight);
     }

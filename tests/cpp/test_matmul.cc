@@ -151,6 +151,9 @@ TEST(shapes_beyond_every_block) {  // of rows, of k, of packed B, and an A too l
     return;
   }
   check({3, 1040, 1300});
+  check({3, 1040, 3000});
+  check({3, 500, 5000});
+  check({1300, 40, 3, Activation::none, true, false, true});
   check({1100, 17, 1000});
   check({3, 1040, 1300, Activation::gelu_backward});
   check({100, 1200, 800, Activation::swiglu});

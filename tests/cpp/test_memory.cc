@@ -93,9 +93,12 @@ TEST(any_allocation_of_a_kernel_may_fail) {
     t.flash_attention_backward({shape, x.data(), y.data(), w.data(), 48, 16, 16, out[1].data(), lse.data(), y.data(), 48, 48,
                                 out[2].data(), out[3].data(), out[4].data(), 48, 16, 16},
                                threads);
-    t.linear_logprob({7, 48, 300, x.data(), w.data(), targets, 1.0, nullptr, &statistics[0], &statistics[7], &statistics[14]}, threads);
-    t.linear_logprob_backward({7, 48, 300, x.data(), w.data(), targets, 1.0, nullptr, 4, &statistics[7], &statistics[14], x.data(),
-                               y.data(), out[5].data(), dweight.data()},
+    t.linear_logprob({.rows = 7, .hidden = 48, .vocab = 300, .x = x.data(), .weight = w.data(), .targets = targets,
+                      .logprob = &statistics[0], .entropy = &statistics[7], .lse = &statistics[14]},
+                     threads);
+    t.linear_logprob_backward({.rows = 7, .hidden = 48, .vocab = 300, .x = x.data(), .weight = w.data(), .targets = targets,
+                               .block_rows = 4, .entropy = &statistics[7], .lse = &statistics[14], .d_logprob = x.data(),
+                               .d_entropy = y.data(), .dx = out[5].data(), .dweight = dweight.data()},
                               threads);
     t.total({n, x.data(), nullptr, 1, nullptr, total.data()}, threads);
     out.insert(out.end(), {lse, dweight, statistics, total});

@@ -23,8 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage import checkpoint, files
-from tutelage.checkpoint import load_checkpoint, load_newest, safetensors_chunks, save_checkpoint
+from tutelage.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from tutelage.files import CheckpointError, DamagedCheckpointError, Operation
+from tutelage.safetensors_io import DTYPES, PIECE_BYTES, safetensors_chunks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,7 +66,7 @@ def assert_same(loaded: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Te
 def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:
     tensors = {
         f"{dtype} {shape}": random_bits(7, dtype, *shape)
-        for dtype in checkpoint._DTYPES.values()
+        for dtype in DTYPES.values()
         for shape in [(), (1,), (5,), (3, 1, 7), (0,), (2, 0, 3)]
     }
     matrix = random_bits(8, torch.float32, 6, 10)
@@ -117,7 +118,7 @@ def test_equal_states_make_equal_files(tmp_path: Path) -> None:
 
 def test_a_save_copies_no_tensor() -> None:
     """The chunks are the tensors' own memory: a state of 1.5 GB needs no second 1.5 GB."""
-    tensor = torch.zeros(2 * checkpoint._PIECE_BYTES // 4 + 3)
+    tensor = torch.zeros(2 * PIECE_BYTES // 4 + 3)
     header, *pieces = safetensors_chunks({"params": tensor})
     assert len(header) < 1000 and len(pieces) == 3
     address = tensor.data_ptr()

@@ -74,8 +74,8 @@ class Corpus:
         """Tokenise `documents` into `cache_folder`, or take them from there if it was done before.
 
         The cache is one folder for each (documents, tokenizer), named by their hash, and verified when it is
-        read. Raises ValueError for a tokenizer without end token or a damaged cache, FileError if
-        another process is writing into `cache_folder` or it cannot be written.
+        read. Raises ValueError for a tokenizer without end token or a damaged cache, and FileError if another
+        process is writing into `cache_folder` or it cannot be written.
         """
         eos = tokenizer.eos_token_id
         if eos is None:

@@ -1,0 +1,48 @@
+# The developer's front door: `just` lists what there is. (pip install rust-just, or `cargo install just`.)
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+_list:
+    @just --list
+
+# Build the extension into the current environment, in place of the installed package
+build:
+    pip install --no-build-isolation -e '.[test,plot,hub,dev]'
+
+# The fast tests (README's test command, without the install)
+test *args:
+    python -m pytest {{ args }}
+
+# The slow tests
+slow *args:
+    python -m pytest -m slow {{ args }}
+
+# The C++ harness: release
+cpp:
+    cmake --preset release && cmake --build --preset release && ctest --preset release
+
+# The C++ harness under AddressSanitizer and UndefinedBehaviorSanitizer
+asan:
+    cmake --preset asan-ubsan && cmake --build --preset asan-ubsan && ctest --preset asan-ubsan
+
+# The C++ harness under ThreadSanitizer
+tsan:
+    cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan
+
+# Kernels and the training step against the machine's ceilings and torch
+bench *args:
+    tutelage bench kernels {{ args }}
+    tutelage bench train {{ args }}
+
+# ruff, mypy, stubs, clang-format, weak symbols
+lint:
+    ruff check . && ruff format --check .
+    mypy
+    python tools/check_stubs.py
+    python tools/check_symbols.py
+    clang-format --dry-run --Werror $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*')
+
+# Write what lint would ask for
+format:
+    ruff check --fix . && ruff format .
+    clang-format -i $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*')
+

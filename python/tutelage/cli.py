@@ -1,0 +1,205 @@
+"""The command line: `tutelage COMMAND [OPTIONS]`.
+
+A command is a frozen dataclass of options and a function of it, so that everything the command line does can
+be done from Python with the same names. Nothing here imports torch before a command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tutelage import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's options and its function are ("module:name", imported when the command is asked
+    for)."""
+
+    summary: str
+    config: str
+    function: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "tokenizer": Command(
+        "Train a byte-level BPE tokenizer on text and save it.",
+        "tutelage.train.configs:TokenizerConfig",
+        "tutelage.train.tokenizer:tokenizer",
+    ),
+    "pretrain": Command(
+        "Train a language model on text; without --data on the text every machine has.",
+        "tutelage.train.configs:PretrainConfig",
+        "tutelage.train.pretrain:pretrain",
+    ),
+    "bench kernels": Command(
+        "Measure every kernel against torch and this machine's ceilings.",
+        "tutelage.bench:KernelsConfig",
+        "tutelage.bench:run",
+    ),
+    "bench train": Command(
+        "Measure whole training steps against torch.",
+        "tutelage.bench:TrainConfig",
+        "tutelage.bench:run",
+    ),
+    "doctor": Command(
+        "Say what this installation can do here: CPU, kernels, threads, libraries.",
+        "tutelage.doctor:DoctorConfig",
+        "tutelage.doctor:doctor",
+    ),
+}
+
+# What a command raises when the caller, the data or the machine is at fault: told in one sentence. Anything
+# else is our own mistake and keeps its traceback.
+_EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
+
+_TRACEBACK = "TUTELAGE_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 (an error, told on stderr), 128 + signal (stopped)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    if name not in COMMANDS:
+        below = [command for command in COMMANDS if command.startswith(f"{name} ")]
+        close = [] if below else difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(below or COMMANDS)}"
+        return _fail("tutelage", f"unknown command {name!r}; {hint}")
+    return run(name, lambda: _imported(COMMANDS[name].function)(parse(name, rest)))
+
+
+def run(name: str, command: Callable[[], object]) -> int:
+    """Calls a command; what goes wrong becomes one sentence on stderr and an exit status."""
+    try:
+        command()
+    except _EXPECTED as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        return _fail(f"tutelage {name}", str(error) or type(error).__name__)
+    except KeyboardInterrupt as stop:
+        print(f"tutelage {name}: {stop or 'interrupted'}", file=sys.stderr)
+        return 128 + int(getattr(stop, "number", 2))
+    return 0
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """The config of the command `name` from its options, `--config FILE` (YAML) included; options win over
+    the file.
+
+    Raises SystemExit (2, with an explanation on stderr) for options that do not parse, ValueError for a file
+    that does not.
+    """
+    import tyro
+
+    command = COMMANDS[name]
+    config = _imported(command.config)
+    path, options = _split_config(arguments)
+    # The file's values go in front of the options as options of their own: one parser checks both, and the
+    # last one wins.
+    from_file = [] if path is None else _options_of(config, path)
+    return tyro.cli(
+        config,
+        args=[*from_file, *options],
+        prog=f"tutelage {name}",
+        use_underscores=True,
+    )
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: tutelage COMMAND [OPTIONS]
+
+One compiled engine for the whole upbringing of a language model.
+
+commands:
+{lines}
+
+`tutelage COMMAND --help` explains a command's options. Every command takes `--config FILE`, a YAML
+file of options (`learning_rate: 0.001`); options on the command line win over it. A run writes such a
+file itself: its config.yaml.
+`{_TRACEBACK}=1` shows where an error comes from.
+
+first steps:
+  tutelage pretrain                  three minutes, and a model that predicts this Python's documentation
+  tutelage pretrain --size tiny      the same in seconds
+  tutelage pretrain --data books/    your own text
+"""
+
+
+def _split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file of `--config`, and the other arguments."""
+    rest = list(arguments)
+    for index, argument in enumerate(rest):
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            end = index + (1 if equals else 2)
+            if end > len(rest):
+                raise ValueError("--config needs a file")
+            return Path(value if equals else rest[index + 1]), rest[:index] + rest[end:]
+    return None, rest
+
+
+def _options_of(config: type[Any], path: Path) -> list[str]:
+    """The fields of a YAML file as options. Raises ValueError naming file and field."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options, one `name: value` a line")
+    known = {field.name: field for field in dataclasses.fields(config)}
+    options: list[str] = []
+    for key, value in content.items():
+        if key == "format_version":
+            _check_version(path, value)
+            continue
+        name = str(key).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{path}: there is no option {key!r}{hint}")
+        options += _as_option(path, name, value)
+    return options
+
+
+def _as_option(path: Path, name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(entry, (dict, list)) for entry in values):
+        raise ValueError(f"{path}: {name} must be a value or a list of values")
+    return [f"--{name}", *("None" if entry is None else str(entry) for entry in values)]
+
+
+def _check_version(path: Path, version: object) -> None:
+    from tutelage.files import check_version
+
+    check_version(path, version)
+
+
+def _fail(who: str, message: str) -> int:
+    print(f"{who}: {message}", file=sys.stderr)
+    return 2

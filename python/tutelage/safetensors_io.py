@@ -1,0 +1,71 @@
+"""The safetensors format, written a piece at a time: no second copy of the tensors in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from tutelage.files import Buffer
+
+METADATA = "__metadata__"
+"""The entry of a safetensors header that is no tensor."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PIECE_BYTES = 16 << 20
+"""A tensor on a device is copied to the host in pieces of this size."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
+
+
+def safetensors_chunks(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[Buffer]:
+    """The bytes of a safetensors file, for `files.write_file_atomic` or a checkpoint, a piece at a time.
+
+    Widest elements first, then by name, as the safetensors library does it: each tensor is aligned to its
+    element. The metadata {"format": "pt"}, which transformers asks for, is added. Raises TypeError naming a
+    tensor whose name, dtype or layout the format does not have.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if name == METADATA:
+            raise TypeError(f"no tensor can be named {name!r}: the format uses that name itself")
+        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided:
+            raise TypeError(
+                f"the tensor {name!r} is {tensor.dtype}, {tensor.layout}: a safetensors file cannot hold it"
+            )
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(math.ceil(len(text) / _HEADER_ALIGNMENT) * _HEADER_ALIGNMENT)
+    return _chunks(text, [tensors[name] for name in names])
+
+
+def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[Buffer]:
+    yield len(header).to_bytes(8, "little") + header
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, len(flat), PIECE_BYTES):
+            yield flat[start : start + PIECE_BYTES].cpu().numpy().data

@@ -1,0 +1,1 @@
+"""Training: one file per loop, and `run`, which holds what they share."""

@@ -1,0 +1,179 @@
+"""What each command can be told. No torch here: `tutelage --help` reads only this.
+
+The names are Hugging Face's where they have one. A docstring under a field is its help text on the command
+line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training loop can be told."""
+
+    output_dir: str = "runs/run"
+    """Folder of the run: its config, metrics, checkpoints and the finished model. One process at a time may
+    use it."""
+    resume: str | None = None
+    """Go on with an earlier run: "auto" takes the newest complete checkpoint of output_dir (and starts from
+    the beginning where there is none yet), or give the path of a checkpoint. The run ends in the same bits as
+    one that was never interrupted."""
+    overwrite: bool = False
+    """Remove an earlier run in output_dir and start again."""
+    seed: int = 0
+    """Of everything random: the first weights and the order of the data. The same command gives the same
+    files, bit for bit."""
+    save_steps: int = 250
+    """Save a checkpoint every so many steps; the last step is always saved."""
+    save_total_limit: int = 2
+    """Keep so many checkpoints."""
+    logging_steps: int = 10
+    """Write a line of metrics.jsonl every so many steps; its loss is the mean over them."""
+    json: str | None = None
+    """Write the final figures to this file."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Also write the metrics for TensorBoard, into output_dir/tensorboard (needs: pip install
+    'tutelage[log]')."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_steps", "save_total_limit", "logging_steps"):
+            at_least(self, name, 1)
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in 0 .. 2^64 - 1, but it is {self.seed}")
+
+
+#: A resumed run may change these: the weights do not depend on them.
+FREE_FIELDS = frozenset(
+    {
+        "output_dir",
+        "resume",
+        "overwrite",
+        "save_steps",
+        "save_total_limit",
+        "json",
+        "report_to",
+        "plot",
+        "micro_batch_tokens",
+    }
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Pretrain a language model on text.
+
+    Without --data it reads the home library, the prose of this Python's own standard library (about 3 MB of
+    documentation), for about three minutes on two cores, and compares what it has learned with gzip and xz:
+    to predict text well is to compress it well, so both are measured in bits per byte.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/pretrain"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
+    folder)."""
+    data: tuple[str, ...] = ()
+    """Text to read: .txt, .jsonl, .json, .parquet (field "text") or folders of them, each PATH or
+    PATH:WEIGHT. A document of weight 2 is seen twice an epoch. None: the home library."""
+    code: bool = False
+    """Read the home library's source code instead of its prose only."""
+    held_out_fraction: float = 0.05
+    """Share of the documents that are never trained on and measure what was learned."""
+    on_bad_row: str = "error"
+    """What to do with a row that cannot be read: "error", or "skip:<max>" to leave out up to so many, each
+    reported."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer (`tutelage tokenizer` makes one). None: a byte-level BPE is trained on the
+    training documents."""
+    vocab_size: int = 0
+    """Number of tokens of the tokenizer trained here. 0: as the size has it."""
+    size: Literal["tiny", "small", "base"] = "small"
+    """One dial for the model and what fits it: tiny takes seconds, small about three minutes, base about an
+    hour on two cores. Options whose default is 0 follow it; the run's config.yaml says what they became."""
+    context: int = 0
+    """Longest sequence, in tokens; longer documents are read in pieces. 0: as the size has it."""
+    batch_tokens: int = 0
+    """Tokens of one step of the optimizer, a multiple of context. 0: as the size has it."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward and backward: less needs less memory and gives the same weights, bit for bit."""
+    max_steps: int = 0
+    """Steps of the optimizer. 0: as the size has it."""
+    learning_rate: float = 0.0
+    """Highest learning rate, reached after the warm-up. 0: as the size has it."""
+    lr_scheduler_type: Literal["cosine", "wsd"] = "cosine"
+    """cosine: half a wave down. wsd: warm up, stay, then decay along a line over the last decay_ratio of the
+    steps."""
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    decay_ratio: float = 0.3
+    """Share of the steps in which wsd decays."""
+    min_lr_ratio: float = 0.0
+    """The last learning rate, as a share of the highest."""
+    weight_decay: float = 0.1
+    """Of the matrices; norms and biases do not decay."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this length where it is longer."""
+    eval_steps: int = 250
+    """Measure bits per byte on the held-out documents every so many steps."""
+    plot: bool = True
+    """Draw the loss at the end: in the terminal, and as output_dir/loss.png where matplotlib is installed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "context", "batch_tokens", "max_steps", "learning_rate", "weight_decay"):
+            at_least(self, name, 0)
+        for name in ("micro_batch_tokens", "eval_steps"):
+            at_least(self, name, 1)
+        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, but it is {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, but it is {self.max_grad_norm}")
+        if self.code and self.data:
+            raise ValueError("code chooses what of the home library is read; it has no meaning beside data")
+        if self.tokenizer is not None and self.vocab_size:
+            raise ValueError("vocab_size is for training a tokenizer; the given one has its own")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Train a byte-level BPE tokenizer and save it as a Hugging Face folder.
+
+    Any text can be encoded and comes back unchanged. More tokens make shorter sequences, but a larger
+    embedding that needs more text.
+    """
+
+    output_dir: str = "runs/tokenizer"
+    """Folder to write: tokenizer.json and tokenizer_config.json."""
+    overwrite: bool = False
+    """Replace a tokenizer that is there already."""
+    data: tuple[str, ...] = ()
+    """Text to learn from, as for `tutelage pretrain`: files or folders. None: the home library."""
+    code: bool = False
+    """Read the home library's source code instead of its prose only."""
+    on_bad_row: str = "error"
+    """What to do with a row that cannot be read: "error", or "skip:<max>" to leave out up to so many, each
+    reported."""
+    vocab_size: int = 4096
+    """Number of tokens: 256 bytes, the end of text, and merges."""
+    json: str | None = None
+    """Write the figures (tokens, bytes per token) to this file."""
+
+
+def at_least(config: object, name: str, least: int) -> None:
+    """Raises ValueError naming the field of `config` that is below `least`."""
+    if not getattr(config, name) >= least:
+        raise ValueError(f"{name} must be at least {least}, but it is {getattr(config, name)}")
+
+
+def resolved(config: RunConfig) -> dict[str, object]:
+    """The fields as plain JSON and YAML values."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }

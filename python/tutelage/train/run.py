@@ -1,0 +1,382 @@
+"""What every training loop shares, so that a loop's file holds only its algorithm.
+
+A run is a folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, and what the loop adds. Everything that a
+loop's next step depends on is in a checkpoint, so a run that is killed at any instant and resumed ends in the
+same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from tutelage import files
+from tutelage.batch import PackedBatch
+from tutelage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tutelage.files import DISK, Disk
+from tutelage.model import Model
+from tutelage.optimizer import AdamW, NonFiniteGradientError
+from tutelage.train.configs import FREE_FIELDS, RunConfig, resolved
+
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+
+Objective = Callable[[PackedBatch, int], torch.Tensor]
+"""(micro-batch, number of masked tokens in the whole step) -> its share of the step's loss, a scalar."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; the update of that step was not applied."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by a signal, after it had saved what it had learned."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+        """Of the signal. A shell expects the exit status 128 + number."""
+
+
+def ignore(point: str) -> None:
+    """The default of `fault`: nothing happens at any named point of a step."""
+
+
+@contextmanager
+def open_run(config: RunConfig, disk: Disk = DISK, fault: Callable[[str], None] = ignore) -> Iterator[Run]:
+    """Claims the run's folder for a `with` and loads the checkpoint to start from.
+
+    Args:
+        config: with every default resolved.
+        disk: for tests, which watch it or make it fail.
+        fault: for tests, called with the name of each point of a step that is passed: "micro-batch",
+            "updated", "logged", "saved". It may kill the process there.
+
+    Raises:
+        RunFolderError: the folder is in use, or holds what would be lost.
+        CheckpointError: a checkpoint that cannot be used.
+        Interrupted: by SIGINT or SIGTERM, within a step when that is finished and saved, otherwise at once.
+    """
+    folder = Path(config.output_dir)
+    with files.claim_run_folder(folder, config.resume, config.overwrite, disk) as start, ExitStack() as stack:
+        run = Run(folder, config, None if start is None else load_checkpoint(start), disk, fault)
+        stack.enter_context(_signals(run))
+        stack.callback(run.close)
+        yield run
+
+
+class Run:
+    """A run as its loop sees it; `open_run` makes one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        checkpoint: Checkpoint | None,
+        disk: Disk,
+        fault: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.console = Console()
+        self.step = 0 if checkpoint is None else checkpoint.step
+        """The step in progress, or the last one done; 0: none yet."""
+        self.received: int | None = None
+        """The signal that asked the run to stop after this step."""
+        self.training = False
+        """Between the first step's beginning and the last one's end: a signal then waits for `end_step`."""
+        self.seconds = 0.0
+        """That the steps of this process took, with the evaluations and saves between them."""
+        self.tokens = 0
+        """Of the steps of this process."""
+        self._config = config
+        self._checkpoint = checkpoint
+        self._disk = disk
+        self._fault = fault
+        self._first_step = self._last_step = self.step
+        self._losses: list[float] = []  # of the steps since the last line of metrics
+        self._fingerprint = ""
+        self._started = 0.0
+        self._bar: Bar | None = None
+        self._board = _tensorboard(folder, self.step) if config.report_to == "tensorboard" else None
+
+    def say(self, text: str) -> None:
+        """One line to the reader."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    # ---- the state
+
+    def start(self, model: Model, optimizer: AdamW, fingerprint: str) -> Mapping[str, Any]:
+        """Puts model and optimizer into the checkpoint's state and returns the loop's own, as `end_step` got
+        it; {} at a fresh start. Writes config.yaml, and cuts metrics.jsonl back to the checkpoint's step.
+
+        fingerprint: of the data. Raises ValueError naming what is not as it was when the run began.
+        """
+        self._fingerprint = fingerprint
+        loop = {} if self._checkpoint is None else self._restore(self._checkpoint, model, optimizer)
+        self._checkpoint = None  # its tensors are copied: give the memory back
+        document = {"format_version": files.FORMAT_VERSION, **resolved(self._config)}
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        files.write_file_atomic(self.folder / CONFIG, text.encode(), self._disk)
+        files.rewind_json_lines(self.folder / METRICS, lambda line: line["step"] <= self.step, self._disk)
+        return loop
+
+    def _restore(self, checkpoint: Checkpoint, model: Model, optimizer: AdamW) -> Mapping[str, Any]:
+        saved, tensors = checkpoint.state, checkpoint.tensors
+        begun = saved["config"]
+        for name, value in self._identity().items():
+            if begun.get(name) != value:
+                raise ValueError(
+                    f"cannot resume {checkpoint.folder}: {name} is {value!r}, but that run was started "
+                    f"with {begun.get(name)!r}; give the same, or start a new run in another --output_dir"
+                )
+        if saved["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                f"cannot resume {checkpoint.folder}: the data or the tokenizer is not what that run read; "
+                "bring it back, or start a new run in another --output_dir"
+            )
+        optimizer.load_state_dict({"steps": saved["optimizer_steps"], **tensors})
+        with torch.no_grad():
+            model.params.copy_(tensors["params"])
+        self._losses = list(saved["losses"])
+        self.say(f"resuming after step {self.step}")
+        loop: Mapping[str, Any] = saved["loop"]
+        return loop
+
+    def _identity(self) -> dict[str, object]:
+        """The options that the weights depend on."""
+        return {name: value for name, value in resolved(self._config).items() if name not in FREE_FIELDS}
+
+    def _save(self, model: Model, optimizer: AdamW, loop: Mapping[str, Any]) -> None:
+        if (self.folder / METRICS).exists():
+            files.sync_file(self.folder / METRICS, self._disk)
+        own = optimizer.state_dict()
+        save_checkpoint(
+            self.folder,
+            self.step,
+            {"params": model.params, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]},
+            {
+                "config": self._identity(),
+                "fingerprint": self._fingerprint,
+                "optimizer_steps": own["steps"],
+                "losses": self._losses,
+                "loop": dict(loop),
+            },
+            keep=self._config.save_total_limit,
+            disk=self._disk,
+        )
+        self._fault("saved")
+
+    # ---- one step after the other
+
+    def steps(self, last: int) -> Iterator[int]:
+        """The numbers of the steps still to do, up to `last`; end each with `end_step`."""
+        self._first_step, self._last_step = self.step, last
+        self._started = time.monotonic()
+        if self.console.is_terminal and self.step < last:
+            self._bar = _bar(self.console)
+            self._bar.start()
+            self._bar.add_task("", total=last, completed=self.step, figures="")
+        self.training = self.step < last
+        while self.step < last:
+            self.step += 1
+            yield self.step
+        self.seconds = time.monotonic() - self._started
+        self.training = False
+        self.close()
+        if self.received is not None:  # it came after the last step's save
+            raise self.interruption(self.received)
+
+    def accumulate(self, model: Model, batch: PackedBatch, max_tokens: int, objective: Objective) -> float:
+        """Forward and backward over a step's batch, at most `max_tokens` tokens at a time; returns the loss.
+
+        The gradients are the same bits for any max_tokens (P4). Raises NonFiniteError.
+        """
+        denominator = int(batch.completion_mask.sum())
+        loss, first = 0.0, 0
+        for part in batch.split(max_tokens):
+            share = objective(part, denominator)
+            if not math.isfinite(share.item()):
+                raise NonFiniteError(
+                    f"step {self.step}: the loss is {share.item()}; the update was not applied. "
+                    f"{_culprit(model, part, first)}. {self._advice()}"
+                )
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += share.item()
+            first += len(part)
+            self._fault("micro-batch")
+        return loss
+
+    def update(self, optimizer: AdamW) -> float:
+        """One step of the optimizer; returns the gradient's norm before clipping. Raises NonFiniteError."""
+        try:
+            norm = optimizer.step()
+        except NonFiniteGradientError as error:
+            raise NonFiniteError(f"step {self.step}: {error}. {self._advice()}") from error
+        self._fault("updated")
+        return norm
+
+    def _advice(self) -> str:
+        newest = files.newest_complete(self.folder)
+        back = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet"
+        return f"{back}; a lower learning_rate or max_grad_norm usually helps, in a new run"
+
+    def log(self, loss: float, tokens: int, **figures: float) -> None:
+        """Notes a step's loss and token count; every logging_steps a line of metrics: mean loss, figures."""
+        self._losses.append(loss)
+        self.tokens += tokens
+        done, left = self.step - self._first_step, self._last_step - self.step
+        speed = self.tokens / max(time.monotonic() - self._started, 1e-9)
+        if self._bar is not None:
+            shown = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+            self._bar.update(self._bar.task_ids[0], completed=self.step, figures=shown)
+        if self.step % self._config.logging_steps and self.step != self._last_step:
+            return
+        mean = math.fsum(self._losses) / len(self._losses)
+        self._losses = []
+        self.write_metrics({"loss": mean, **figures})
+        if self._board is not None:
+            self._board.add_scalar("tokens_per_second", speed, self.step)
+        if self._bar is None:
+            seconds = left * (time.monotonic() - self._started) / done
+            self.say(
+                f"step {self.step}/{self._last_step}  loss {mean:.3f}  {speed:,.0f} tokens/s  "
+                f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
+            )
+        self._fault("logged")
+
+    def write_metrics(self, figures: Mapping[str, float]) -> None:
+        """Adds a line to metrics.jsonl: the step, these figures. No times: equal runs write equal bytes."""
+        files.append_json_line(self.folder / METRICS, {"step": self.step, **figures}, self._disk)
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, self.step)
+
+    def end_step(self, model: Model, optimizer: AdamW, loop: Mapping[str, Any]) -> None:
+        """Saves a checkpoint where one is due; `loop` is all that the loop's next step depends on besides
+        model and optimizer.
+
+        Raises Interrupted, when it has saved, if a signal has arrived.
+        """
+        stop = self.received  # read once: a signal that comes later than this waits for the next step
+        if stop is not None or self.step % self._config.save_steps == 0 or self.step == self._last_step:
+            self._save(model, optimizer, loop)
+        if stop is not None:
+            raise self.interruption(stop)
+
+    def interruption(self, number: int) -> Interrupted:
+        """What to raise when the signal `number` stops the run now."""
+        newest = files.newest_complete(self.folder)
+        after = f"after step {self.step}, which is saved" if newest else "before anything was saved"
+        return Interrupted(
+            f"stopped by {signal.Signals(number).name} {after}: "
+            "give the same command with --resume auto (and without --overwrite) to go on",
+            number,
+        )
+
+    def close(self) -> None:
+        """Ends the progress bar and TensorBoard's file."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def schedule(
+    kind: str, step: int, max_steps: int, warmup_steps: int, decay_ratio: float, min_ratio: float
+) -> float:
+    """The learning rate of `step` (1 … max_steps) as a share of the highest.
+
+    Both rise along a line over warmup_steps. cosine (Loshchilov & Hutter 2017, arXiv 1608.03983): half a wave
+    down to min_ratio at max_steps. wsd (warmup-stable-decay, Hu et al. 2024, arXiv 2404.06395): stays, then
+    falls along a line to min_ratio over the last decay_ratio of max_steps.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if kind == "cosine":
+        through = (step - warmup_steps) / max(max_steps - warmup_steps, 1)
+        return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * through)) / 2
+    left = (max_steps - step) / max(decay_ratio * max_steps, 1)
+    return min_ratio + (1 - min_ratio) * min(left, 1.0)
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Writes the final figures of a command, for `--json FILE`; makes missing folders."""
+    files.make_folder(path.parent)
+    document = {"format_version": files.FORMAT_VERSION, **figures}
+    files.write_file_atomic(path, json.dumps(document, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets the step finish, the second acts at once. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def first(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        if not run.training:
+            raise run.interruption(number)
+        run.received = number
+        os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
+    """Where the first number that is not finite sits: in a parameter, or else in which sequences of the
+    step."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"{name} is the first parameter that is not finite"
+    with torch.no_grad():
+        sums = batch.sum(model.score(batch).logprobs)
+    rows = [str(first + row) for row in torch.nonzero(~torch.isfinite(sums)).flatten().tolist()]
+    if not rows:
+        return "Every log-prob is finite: the objective makes the number"
+    return f"Sequences {', '.join(rows[:8])} of the step have log-probs that are not finite"
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A SummaryWriter that forgets what an earlier process wrote after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "--report_to tensorboard needs the tensorboard package: pip install 'tutelage[log]'"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,80 @@
+"""What the forked children of the training tests do: runs that kill themselves at a chosen point."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tutelage import cli
+from tutelage.data.packing import Cursor
+from tutelage.files import Disk, Operation
+from tutelage.train import pretrain as pretraining
+from tutelage.train.configs import PretrainConfig
+
+
+def counting(at: int, number: int, name: str = "", times: int = 1) -> Callable[[object], None]:
+    """Sends this process the signal `number`, so many times, at the `at`-th call of those with `name` (or of
+    all).
+
+    Counted from 1; 0: never.
+    """
+    calls = 0
+
+    def passed(what: object) -> None:
+        nonlocal calls
+        calls += not name or what == name
+        if calls == at and (not name or what == name):
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return passed
+
+
+def pretrain(
+    config: dict[str, Any],
+    point: int = 0,
+    operation: int = 0,
+    name: str = "",
+    threads: int = 1,
+    forget_cursor: bool = False,
+) -> int:
+    """A pretraining run that is killed at its point-th named point (of `name`) or operation-th disk
+    operation.
+
+    forget_cursor: switches the protection off that the kill tests are about.
+    """
+    torch.set_num_threads(threads)
+    if forget_cursor:
+        pretraining.Cursor = _first_cursor
+    disk = Disk(counting(operation, signal.SIGKILL))
+    pretraining.pretrain(_config(config), disk=disk, fault=counting(point, signal.SIGKILL, name))
+    return 0
+
+
+def _first_cursor(**saved: int) -> Cursor:
+    return Cursor()
+
+
+def passed(config: dict[str, Any]) -> int:
+    """A whole run; prints how many named points and how many disk operations it passed."""
+    torch.set_num_threads(1)
+    points: list[str] = []
+    operations: list[Operation] = []
+    pretraining.pretrain(_config(config), disk=Disk(operations.append), fault=points.append)
+    print(len(points), len(operations))
+    return 0
+
+
+def _config(fields: dict[str, Any]) -> PretrainConfig:
+    return PretrainConfig(**{**fields, "data": tuple(fields["data"])})
+
+
+def command(config: dict[str, Any], point: int = 0, name: str = "", number: int = 0, times: int = 1) -> int:
+    """`tutelage pretrain` as the command line runs it, with signals at a named point."""
+    torch.set_num_threads(1)
+    fault = counting(point, number, name, times)
+    return cli.run("pretrain", lambda: pretraining.pretrain(_config(config), fault=fault))

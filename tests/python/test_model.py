@@ -1,0 +1,602 @@
+"""Model: surface, gradients against central differences in float64, memory, errors."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import (
+    KINDS,
+    backward,
+    batch_for,
+    bits,
+    forward_bits,
+    gradient_bits,
+    randn,
+    same_model,
+    sequences,
+    threads,
+    tiny_model,
+)
+from torch import Tensor
+
+from tutelage import Model, PackedBatch, _core, pack
+
+LENGTHS = [5, 1, 9, 2, 12]
+
+
+def sha256(x: Tensor) -> str:
+    return hashlib.sha256(bits(x)).hexdigest()
+
+
+# ---- parameters, gradients, state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_named_parameters_and_grads_are_views_that_cover_everything(kind: str) -> None:
+    model = tiny_model(kind)
+    for named, flat in ((model.named_parameters, model.params), (model.named_grads, model.grads)):
+        flat.copy_(torch.arange(flat.numel()))
+        views = dict(named())
+        assert torch.equal(torch.cat([view.reshape(-1) for view in views.values()]), flat)
+        assert all(view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views.values())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in model.named_grads()]
+    assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
+
+
+def test_names_and_shapes_are_those_of_transformers() -> None:
+    shapes = {name: list(view.shape) for name, view in tiny_model("gpt2").named_parameters()}
+    assert shapes["transformer.h.1.attn.c_attn.weight"] == [48, 144]
+    assert shapes["transformer.wpe.weight"] == [320, 48]
+    assert "lm_head.weight" not in shapes
+    shapes = {name: list(view.shape) for name, view in tiny_model("qwen3", head="scalar").named_parameters()}
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == [24, 40]
+    assert shapes["model.layers.1.self_attn.q_norm.weight"] == [24]
+    assert shapes["score.weight"] == [1, 40]
+
+
+def test_matrices_decay_norms_and_biases_do_not() -> None:
+    model = tiny_model("layernorm")
+    mask = model.decay_mask()
+    for name, view in model.named_parameters():
+        offset = view.storage_offset()
+        part = mask[offset : offset + view.numel()]
+        assert part.all() if view.dim() == 2 else not part.any(), name
+
+
+def test_state_round_trip() -> None:
+    model = tiny_model()
+    other = Model(model.config, seed=5)
+    assert bits(other.params) != bits(model.params)
+    other.load_state_dict({name: view.clone() for name, view in model.state_dict().items()})
+    assert bits(other.params) == bits(model.params)
+
+
+def test_loading_bumps_the_version_of_params() -> None:
+    model, version = tiny_model(), tiny_model().params._version
+    version = model.params._version
+    model.load_state_dict(model.state_dict())
+    assert model.params._version > version
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    model = Model(KINDS["llama"], seed=1)
+    before = bits(model.params)
+    state = {name: view.clone() + 1 for name, view in model.state_dict().items()}
+    norm, head = "model.norm.weight", "lm_head.weight"
+
+    def refused(changed: dict[str, Tensor], message: str) -> None:
+        with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+            model.load_state_dict(changed)
+        assert bits(model.params) == before
+
+    refused(
+        {"x": torch.zeros(1), **{name: view for name, view in state.items() if name != norm}},
+        f"the state does not fit this model: missing {norm}; unexpected x",
+    )
+    refused(
+        {**state, **{f"x{i}": torch.zeros(1) for i in range(7)}},
+        "the state does not fit this model: unexpected x0, x1, x2, x3, x4 and 2 more",
+    )
+    refused(
+        {**state, head: torch.zeros(48, 275)}, f"{head} must have shape [275, 48], but the state has [48, 275]"
+    )
+
+
+def test_a_clone_is_a_model_of_its_own() -> None:
+    model = tiny_model("qwen3", recompute=True, logits_budget=0)
+    batch = batch_for(model, LENGTHS)
+    backward(model, batch)
+    other = model.clone()
+    assert other.config == model.config and other.recompute and other.logits_budget == 0
+    assert bits(other.params) == bits(model.params) and not other.grads.any() and model.grads.any()
+    before = forward_bits(model, batch)
+    other.params.mul_(2)
+    assert forward_bits(model, batch) == before != forward_bits(other, batch)
+
+
+# ---- initial weights
+
+# Written down when the first version was made: the same on every machine, so that a seed means something.
+INITIAL = {
+    "llama": "?",
+    "gpt2": "?",
+}
+
+
+@pytest.mark.parametrize("kind", INITIAL)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_initial_weights_are_known(kind: str, count: int) -> None:
+    with threads(count):
+        assert sha256(Model(KINDS[kind], seed=3).params) == INITIAL[kind]
+
+
+def test_initial_weights_depend_on_the_seed_and_not_on_the_level_or_head() -> None:
+    model = Model(KINDS["llama"], seed=3)
+    assert bits(Model(KINDS["llama"], seed=4).params) != bits(model.params)
+    assert bits(Model(KINDS["llama"], seed=3, level="scalar").params) == bits(model.params)
+    assert bits(Model(KINDS["llama"], seed=2**64 - 1).params) != bits(model.params)
+    critic = dict(Model(KINDS["llama"], seed=3, head="scalar").named_parameters())
+    for name, view in model.named_parameters():
+        if name != "lm_head.weight":
+            assert bits(critic[name]) == bits(view), name
+
+
+def test_initial_weights_have_their_distribution() -> None:
+    parameters = dict(Model(KINDS["gpt2"]).named_parameters())
+    for name, view in parameters.items():
+        if name.endswith(".bias"):
+            assert not view.any(), name
+        elif view.dim() == 1:
+            assert (view == 1).all(), name
+        else:  # normal, 0.02; into the residual stream 0.02 / sqrt(2 layers)
+            expected = 0.02 / (math.sqrt(2 * 2) if name.endswith("c_proj.weight") else 1)
+            deviation = float(view.std()) / expected
+            assert abs(deviation - 1) < 5 / math.sqrt(2 * view.numel()), (name, deviation)
+            assert abs(float(view.mean())) < 5 * expected / math.sqrt(view.numel()), name
+
+
+# ---- gradients are added, and never stale
+
+
+def test_gradients_are_zero_before_the_first_backward() -> None:
+    model = tiny_model()
+    assert not model.grads.any()
+    model = tiny_model()
+    model.zero_grad()
+    assert not model.grads.any()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("seen", [False, True])
+def test_zero_grad_leaves_nothing_behind(kind: str, seen: bool) -> None:
+    model = tiny_model(kind)
+    batch, another = batch_for(model, LENGTHS), batch_for(model, [7, 8], seed=1)
+    expected = gradient_bits(tiny_model(kind), another)
+    backward(model, batch, seed=5)
+    if seen:
+        assert model.grads.any()
+    model.zero_grad()
+    backward(model, another)
+    assert bits(model.grads) == expected
+    model.zero_grad()
+    assert not model.grads.any()
+    assert bits(model.grads) == bits(torch.zeros_like(model.params)), "zeros must be +0"
+
+
+def test_a_held_reference_to_grads_is_zeroed_too() -> None:
+    model = tiny_model("qwen3")
+    grads = model.grads
+    backward(model, batch_for(model, LENGTHS))
+    assert model.grads.data_ptr() == grads.data_ptr()
+    model.zero_grad()
+    assert not grads.any()
+
+
+def test_grads_may_be_zeroed_in_place() -> None:
+    model = tiny_model("qwen3")
+    batch = batch_for(model, LENGTHS)
+    expected = gradient_bits(model, batch)
+    model.grads.zero_()
+    backward(model, batch)
+    assert bits(model.grads) == expected
+
+
+def test_parameters_that_no_token_touches_have_zero_gradients() -> None:
+    model = tiny_model("llama")
+    model.zero_grad()
+    backward(model, pack([[3, 4, 5]]))
+    embedding = dict(model.named_grads())["model.embed_tokens.weight"]
+    assert embedding[[3, 4]].any(1).all() and not embedding[6:].any()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_two_backwards_add(kind: str) -> None:
+    model = tiny_model(kind, dtype=torch.float64)
+    batches = [batch_for(model, LENGTHS), batch_for(model, [3, 6], seed=1)]
+    separate = []
+    for batch in batches:
+        model.zero_grad()
+        backward(model, batch)
+        separate.append(model.grads.clone())
+    model.zero_grad()
+    for batch in batches:
+        backward(model, batch)
+    torch.testing.assert_close(model.grads, separate[0] + separate[1], rtol=1e-12, atol=1e-12)
+
+
+def test_only_first_tokens_have_no_gradient() -> None:
+    model = tiny_model("qwen3")
+    out = model.score(pack([[3], [4]]))
+    assert not out.logprobs.any() and not out.entropy.any()
+    out.logprobs.sum().backward()
+    assert not model.grads.any()
+
+
+def test_several_graphs_alive_at_once() -> None:
+    model = tiny_model("qwen3")
+    batches = [batch_for(model, LENGTHS, seed) for seed in range(3)]
+
+    def gradients(order: list[int], together: bool) -> bytes:
+        model.zero_grad()
+        outs = {i: model.score(batches[i]) for i in range(3)} if together else {}
+        for i in order:
+            out = outs[i] if together else model.score(batches[i])
+            torch.autograd.backward([out.logprobs, out.entropy], [randn(out.logprobs, i), randn(out.entropy, 9)])
+        return bits(model.grads)
+
+    for order in ([0, 1, 2], [2, 0, 1]):
+        assert gradients(order, together=True) == gradients(order, together=False)
+
+
+def test_a_longer_sequence_does_not_disturb_a_graph() -> None:
+    model, fresh = tiny_model(), tiny_model()  # the rotary tables grow while the first graph is alive
+    short, long = batch_for(model, [4]), batch_for(model, [300])
+    out = model.score(short)
+    with torch.no_grad():
+        model.score(long)
+    torch.autograd.backward([out.logprobs, out.entropy], [randn(out.logprobs, 0), randn(out.entropy, 1)])
+    assert bits(model.grads) == gradient_bits(fresh, short)
+
+
+def test_a_graph_keeps_its_batch() -> None:
+    model = tiny_model()
+    batch = batch_for(model, LENGTHS)
+    expected = gradient_bits(model, batch)
+    model.zero_grad()
+    out = model.score(batch)
+    batch.tokens.zero_()
+    torch.autograd.backward([out.logprobs, out.entropy], [randn(out.logprobs, 0), randn(out.entropy, 1)])
+    assert bits(model.grads) == expected
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_backward_twice_is_refused(head: Any) -> None:
+    model = tiny_model(head=head)
+    batch = batch_for(model, LENGTHS)
+    x = model.values(batch) if head == "scalar" else model.score(batch).logprobs
+    x.sum().backward(retain_graph=True)
+    before = bits(model.grads)
+    again = "compute the values" if head == "scalar" else "score the batch"
+    with pytest.raises(ValueError, match=f"this graph's backward has already run; {again} again for another one"):
+        x.sum().backward()
+    assert bits(model.grads) == before
+
+
+@pytest.mark.parametrize("change", ["params", "view", "load"])
+def test_parameters_changed_before_the_backward_are_refused(change: str) -> None:
+    model = tiny_model()
+    out = model.score(batch_for(model, LENGTHS))
+    if change == "params":
+        model.params.mul_(2)
+    elif change == "view":
+        next(model.named_parameters())[1][0, 0] = 1
+    else:
+        model.load_state_dict(model.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"the parameters changed between the forward and its backward; run backward\(\) before"
+    ):
+        out.logprobs.sum().backward()
+    assert not model.grads.any()
+
+
+# ---- what the numbers mean
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_probabilities_sum_to_one_and_give_the_entropy(kind: str, temperature: float) -> None:
+    model = tiny_model(kind).double()
+    vocab = model.config.vocab_size
+    prefix = [7, 5, 0, 11]
+    with torch.no_grad():
+        batch = pack([[*prefix, token] for token in range(vocab)])
+        out = model.score(batch, temperature)
+    logp, entropy = batch.last(out.logprobs), batch.last(out.entropy)
+    assert float(logp.std()) > 0.1, "far from uniform, or the test says little"
+    torch.testing.assert_close(logp.exp().sum(), torch.tensor(1.0).double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        entropy, (-(logp.exp() * logp).sum()).expand(vocab), rtol=1e-11, atol=0
+    )
+
+
+def test_temperature_divides_the_logits() -> None:
+    model = tiny_model("llama").double()
+    hot = model.clone()
+    dict(hot.named_parameters())["lm_head.weight"].div_(1.7)
+    batch = batch_for(model, LENGTHS)
+    with torch.no_grad():
+        ours, divided = model.score(batch, temperature=1.7), hot.score(batch)
+    torch.testing.assert_close(ours.logprobs, divided.logprobs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.entropy, divided.entropy, rtol=1e-12, atol=1e-12)
+
+
+def test_first_tokens_have_neither_logprob_nor_entropy() -> None:
+    model = tiny_model()
+    batch = batch_for(model, LENGTHS)
+    out = model.score(batch)
+    first = torch.zeros_like(batch.completion_mask)
+    first[batch.cu_seqlens[:-1].long()] = True
+    assert bits(out.logprobs[first]) == bits(out.entropy[first]) == bits(torch.zeros(len(batch)))
+    assert (out.logprobs[~first] < 0).all() and (out.entropy[~first] > 0).all()
+
+
+def test_values_are_read_after_the_token() -> None:
+    critic = tiny_model(head="scalar")
+    batch, changed = pack([[1, 2, 3, 4]]), pack([[1, 2, 3, 5]])
+    with torch.no_grad():
+        before, after = critic.values(batch), critic.values(changed)
+    assert bits(before[:3]) == bits(after[:3]) and before[3] != after[3]
+
+
+def test_the_double_build_agrees_with_the_float_one() -> None:
+    for kind in KINDS:
+        model = tiny_model(kind)
+        batch = batch_for(model, [*LENGTHS, 150])
+        with torch.no_grad():
+            single, double = model.score(batch), model.double().score(batch)
+        torch.testing.assert_close(single.logprobs.double(), double.logprobs, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(single.entropy.double(), double.entropy, rtol=2e-5, atol=2e-5)
+
+
+def loss(model: Model, batch: PackedBatch) -> Tensor:
+    """A random linear function of all outputs, as ``backward`` differentiates it."""
+    with torch.no_grad():
+        if model.head == "scalar":
+            values = model.values(batch)
+            return (values * randn(values, 0)).sum()
+        out = model.score(batch, 0.7)
+        return (out.logprobs * randn(out.logprobs, 0)).sum() + (out.entropy * randn(out.entropy, 1)).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_gradients_agree_with_central_differences(kind: str, head: Any) -> None:
+    model = tiny_model(kind, head=head).double()
+    batch = batch_for(model, [1, 9, 2, 17])
+    model.zero_grad()
+    backward(model, batch, temperature=0.7)
+    gradients = {name: grad.clone() for name, grad in model.named_grads()}
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        direction, original, step = randn(parameter, seed), parameter.clone(), 1e-5
+        parameter.add_(direction, alpha=step)
+        ahead = loss(model, batch)
+        parameter.copy_(original).sub_(direction, alpha=step)
+        difference = (ahead - loss(model, batch)) / (2 * step)
+        parameter.copy_(original)
+        ours = (gradients[name] * direction).sum()
+        # The differences' own error: third derivatives times step^2, rounding over step.
+        torch.testing.assert_close(ours, difference, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- memory: block sizes are rounded up to 64 bytes, from 2 MiB on to 2 MiB
+
+
+def rounded(size: int) -> int:
+    unit = 64 if size < 2**21 else 2**21
+    return -(-size // unit) * unit
+
+
+def in_use() -> int:
+    gc.collect()
+    return int(_core.memory_use()["in_use"])
+
+
+def forward(model: Model, batch: PackedBatch) -> object:
+    return model.values(batch) if model.head == "scalar" else model.score(batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize(
+    "options", [{}, {"recompute": True}, {"logits_budget": 0}, {"dtype": torch.float64}], ids=str
+)
+def test_activation_memory_is_what_is_stated(kind: str, head: Any, options: dict[str, Any]) -> None:
+    model = tiny_model(kind, head=head, **options)
+    batch = batch_for(model, LENGTHS)
+    forward(model, batch)  # rotary tables
+    _core.free_cached_memory()  # a kept block may be a quarter larger than was asked for
+    before = in_use()
+    kept = forward(model, batch)
+    assert in_use() - before == rounded(model.activation_bytes(batch.tokens.numel(), len(batch)))
+    del kept
+    assert in_use() == before
+    with torch.no_grad():
+        kept = forward(model, batch)
+    assert in_use() == before
+
+
+def test_no_grad_needs_less_memory_from_the_start() -> None:
+    model = tiny_model(logits_budget=0)
+    batch = batch_for(model, [30] * 8)
+    forward(model, batch)
+
+    def peak() -> int:
+        _core.free_cached_memory()
+        before = in_use()
+        _core.reset_memory_peak()
+        forward(model, batch)
+        return int(_core.memory_use()["peak"]) - before
+
+    with threads(1):  # kernels' scratch is the same for both; of two threads at once it need not be
+        kept = peak()
+        with torch.no_grad():
+            not_kept = peak()
+    stated = [model.activation_bytes(batch.tokens.numel(), len(batch), keep=keep) for keep in (True, False)]
+    assert stated[1] < 0.7 * stated[0]
+    assert kept - not_kept == rounded(stated[0]) - rounded(stated[1])
+
+
+def test_inference_mode_keeps_nothing() -> None:
+    model = tiny_model()
+    batch = batch_for(model, LENGTHS)
+    expected = forward_bits(model, batch)
+    before = in_use()
+    with torch.inference_mode():
+        out = model.score(batch)
+    assert in_use() == before and not out.logprobs.requires_grad
+    assert bits(out.logprobs, out.entropy) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_recompute_gives_the_same_bits_with_less_memory(kind: str, head: Any) -> None:
+    model = tiny_model(kind, head=head)
+    saving = same_model(model, recompute=True)
+    batch = batch_for(model, LENGTHS)
+    assert forward_bits(saving, batch) == forward_bits(model, batch)
+    assert gradient_bits(saving, batch) == gradient_bits(model, batch)
+    assert saving.activation_bytes(1000, 10) < 0.75 * model.activation_bytes(1000, 10)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+def test_logits_kept_or_not_give_the_same_bits(kind: str) -> None:
+    model = tiny_model(kind)
+    batch = batch_for(model, LENGTHS)
+    logits = 4 * (batch.tokens.numel() - len(batch)) * model.config.vocab_size
+    expected = forward_bits(model, batch), gradient_bits(model, batch)
+    for budget in (0, logits // 3, logits - 1, logits):
+        other = same_model(model, logits_budget=budget)
+        assert (forward_bits(other, batch), gradient_bits(other, batch)) == expected
+        kept = other.activation_bytes(batch.tokens.numel(), len(batch))
+        without = model.activation_bytes(batch.tokens.numel(), len(batch)) - rounded(logits)
+        assert kept == without + (rounded(logits) if budget == logits else 0)
+
+
+# ---- errors, before any kernel runs
+
+
+@pytest.mark.parametrize(
+    ("seqs", "message"),
+    [
+        (
+            [[1, 2], [3, 275, 4]],
+            "tokens: token id 275 at position 1 of sequence 1 is outside the vocabulary of 275 ids (0 to 274)",
+        ),
+        (
+            [[2**31 - 1]],
+            "tokens: token id 2147483647 at position 0 of sequence 0 is outside the vocabulary of 275 ids",
+        ),
+        (
+            [[1], [2] * 321],
+            "sequence 1 has 321 tokens, more than max_position_embeddings = 320; truncate or drop it",
+        ),
+    ],
+)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_batches_that_do_not_fit(seqs: list[list[int]], message: str, head: Any) -> None:
+    model = tiny_model(head=head)
+    before = _core.memory_use()["allocations"]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        forward(model, pack(seqs))
+    assert _core.memory_use()["allocations"] == before
+
+
+def test_the_longest_sequence_fits() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        assert torch.isfinite(model.score(batch_for(model, [320, 319])).logprobs).all()
+
+
+def i32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cu_seqlens", "message"),
+    [
+        (i32(1, -1), i32(0, 2), "tokens: token id -1 at position 1 of sequence 0 is outside the vocabulary of 275"),
+        (i32(1, 2), i32(0, 1, 1, 2), "sequence 1 is empty; drop it before packing"),
+        (i32(), i32(0), "the batch is empty; pack at least one sequence"),
+        (i32(1, 2), i32(1, 2), "cu_seqlens must start at 0, but it starts at 1"),
+        (i32(1, 2), i32(0, 3, 2), "cu_seqlens must never fall, but entry 2 is 2 after 3"),
+        (i32(1, 2), i32(0, 1), "cu_seqlens must end at the number of tokens, 2, but it ends at 1"),
+        (i32(1, 2).long(), i32(0, 2), "argument 'tokens' must be int32, but it is another dtype [2] on the CPU"),
+        (i32(1, 2), i32(0, 2).double(), "argument 'cu_seqlens' must be int32, but it is float64 [2] on the CPU"),
+        (
+            i32(1, 2).view(1, 2),
+            i32(0, 2),
+            "argument 'tokens' must have shape [any], but it is int32 [1, 2] on the CPU",
+        ),
+        (i32(1, 2, 3, 4)[::2], i32(0, 2), "argument 'tokens' must be contiguous; call .contiguous() on it first"),
+    ],
+)
+def test_batches_made_by_hand(tokens: Tensor, cu_seqlens: Tensor, message: str) -> None:
+    model = tiny_model()
+    batch = PackedBatch(tokens, cu_seqlens, torch.ones(tokens.shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.score(batch)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_temperature_must_be_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature must be positive and finite, but it is {temperature}"):
+        tiny_model().score(pack([[1, 2]]), temperature=temperature)
+
+
+def test_the_wrong_head() -> None:
+    batch = pack([[1, 2]])
+    with pytest.raises(
+        ValueError, match=r"this model has a scalar head; call values\(batch\), or load it with head='lm'"
+    ):
+        tiny_model(head="scalar").score(batch)
+    with pytest.raises(
+        ValueError, match=r"this model has a language-model head; call score\(batch\), or load it with head='scalar'"
+    ):
+        tiny_model().values(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "device must be 'cpu' (this build has no other backend), but it is 'cuda'"),
+        ({"head": "value"}, "head must be 'lm' or 'scalar', but it is 'value'"),
+        ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, but it is torch.bfloat16"),
+        (
+            {"dtype": torch.float64, "level": "scalar"},
+            "level chooses among float32 kernels; leave it out with dtype=torch.float64",
+        ),
+        ({"seed": -1}, "seed must lie in 0 .. 2^64 - 1, but it is -1"),
+        ({"seed": 2**64}, "seed must lie in 0 .. 2^64 - 1, but it is 18446744073709551616"),
+        ({"logits_budget": -1}, "logits_budget must not be negative, but it is -1"),
+        ({"level": "mmx"}, "mmx"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Model(KINDS["llama"], **options)
+
+
+def test_repr_says_what_it_is() -> None:
+    model = tiny_model()
+    text = repr(model)
+    assert f"{model.params.numel():,} parameters" in text and "vocab_size=275" in text and "'lm'" in text
+
+
+def test_sequences_for_tests_reach_the_whole_vocabulary() -> None:
+    assert {token for seq in sequences([2000], 60) for token in seq} == set(range(60))
