@@ -92,7 +92,8 @@ void require_positive(double value, const char* name) {
 }
 
 void require_eps(double eps) {
-  if (!(eps >= 0) || !std::isfinite(eps)) throw ArgumentError("eps must be a number of at least 0, but it is " + std::to_string(eps));
+  if (!(eps >= 0) || !std::isfinite(eps))
+    throw ArgumentError("eps must be a number of at least 0, but it is " + std::to_string(eps));
 }
 
 void require_not_empty(std::int64_t extent, const char* name, const char* axis) {
@@ -133,7 +134,8 @@ void bind_matmul(py::module_& m) {
         const bool backward = g.activation == Activation::gelu_backward || g.activation == Activation::gelu_erf_backward ||
                               g.activation == Activation::swiglu_backward;
         const bool gated = g.activation == Activation::swiglu;
-        if (gated && g.n % 2 != 0) throw ArgumentError("swiglu needs an even number of columns, but there are " + std::to_string(g.n));
+        if (gated && g.n % 2 != 0)
+          throw ArgumentError("swiglu needs an even number of columns, but there are " + std::to_string(g.n));
         const std::int64_t c_columns = g.activation == Activation::swiglu_backward ? 2 * g.n : g.n;
         const Argument c_view = call.real(c, "c", {g.m, c_columns});
         const auto bias_view = call.optional_real(bias, "bias", {g.n});
@@ -142,12 +144,14 @@ void bind_matmul(py::module_& m) {
         const auto pre_view = call.optional_real(pre, "pre", {g.m, c_columns});
         if ((g.activation != Activation::none) != activated_view.has_value())
           throw ArgumentError("argument 'activated' goes with an activation, and only with one");
-        if (backward != pre_view.has_value()) throw ArgumentError("argument 'pre' goes with a backward activation, and only with one");
+        if (backward != pre_view.has_value())
+          throw ArgumentError("argument 'pre' goes with a backward activation, and only with one");
         if ((gated && residual_view) || (backward && (bias_view || residual_view || accumulate)))
           throw ArgumentError("activation '" + activation + "' does not go with these of bias, residual and accumulate");
         if (g.m == 0 || g.n == 0 || (g.k == 0 && accumulate)) return;
-        if (g.k == 0) throw ArgumentError("matmul needs an inner dimension of at least 1, but argument '" + a_name + "' is " +
-                            a_view.view.describe());
+        if (g.k == 0)
+          throw ArgumentError("matmul needs an inner dimension of at least 1, but argument '" + a_name + "' is " +
+                              a_view.view.describe());
         g.a = a_view.view.data, g.a_row = transpose_a ? 1 : g.k, g.a_col = transpose_a ? g.m : 1;
         g.b = b_view.view.data, g.b_row = transpose_b ? 1 : g.n, g.b_col = transpose_b ? g.k : 1;
         g.c = c_view.view.data, g.c_row = c_columns, g.accumulate = accumulate;
@@ -221,7 +225,8 @@ void bind_attention(py::module_& m) {
         call.run(&KernelTable::flash_attention, g);
       },
       "q"_a, "k"_a, "v"_a, "cu_seqlens"_a, "o"_a, "lse"_a, py::kw_only(), "causal"_a, "window"_a, "scale"_a, "threads"_a,
-      "level"_a = py::none(), "o [N, heads, d], lse [N, heads] from q, k, v; window 0: all earlier keys; kernels/flash_attention.h.");
+      "level"_a = py::none(),
+      "o [N, heads, d], lse [N, heads] from q, k, v; window 0: all earlier keys; kernels/flash_attention.h.");
   m.def(
       "flash_attention_backward",
       [](py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle o, py::handle lse, py::handle d_o,
@@ -354,7 +359,8 @@ void bind_elementwise(py::module_& m) {
         if (d % 2 != 0) throw ArgumentError("rope needs an even head dimension, but argument 'x' is " + x_view.view.describe());
         const Argument cos_view = call.real(cosines, "cos", {-1, d / 2});
         const std::int64_t rows = cos_view.extent(0);
-        const Argument sin_view = call.real(sines, "sin", {rows, d / 2}), position_view = integers(positions, "positions", tokens);
+        const Argument sin_view = call.real(sines, "sin", {rows, d / 2}),
+                       position_view = integers(positions, "positions", tokens);
         const std::int32_t* at = position_view.data<std::int32_t>();
         for (std::int64_t t = 0; t < tokens; ++t)
           if (at[t] < 0 || at[t] >= rows)
@@ -381,14 +387,16 @@ void bind_elementwise(py::module_& m) {
       "gate"_a, "up"_a, "y"_a, py::kw_only(), "threads"_a, "level"_a = py::none(), "y = silu(gate) up, all [rows, columns].");
   m.def(
       "swiglu_backward",
-      [](py::handle gate, py::handle up, py::handle dy, py::handle d_gate, py::handle d_up, int threads, const LevelName& level) {
+      [](py::handle gate, py::handle up, py::handle dy, py::handle d_gate, py::handle d_up, int threads,
+         const LevelName& level) {
         const Call call(gate, "gate", threads, level);
         const Argument gate_view = call.real(gate, "gate", {-1, -1});
         const Shape& shape = gate_view.view.shape;
         const Argument up_view = call.real(up, "up", shape), dy_view = call.real(dy, "dy", shape);
         const Argument d_gate_view = call.real(d_gate, "d_gate", shape), d_up_view = call.real(d_up, "d_up", shape);
-        call.run(&KernelTable::swiglu_backward, {shape[0], shape[1], gate_view.view.data, up_view.view.data, shape[1],
-                                                 dy_view.view.data, shape[1], d_gate_view.view.data, d_up_view.view.data, shape[1]});
+        call.run(&KernelTable::swiglu_backward,
+                 {shape[0], shape[1], gate_view.view.data, up_view.view.data, shape[1], dy_view.view.data, shape[1],
+                  d_gate_view.view.data, d_up_view.view.data, shape[1]});
       },
       "gate"_a, "up"_a, "dy"_a, "d_gate"_a, "d_up"_a, py::kw_only(), "threads"_a, "level"_a = py::none(),
       "d_gate, d_up from dy, all [rows, columns].");
@@ -399,7 +407,8 @@ void bind_elementwise(py::module_& m) {
         const Argument x_view = call.real(x, "x", {-1}), y_view = call.real(y, "y", x_view.view.shape);
         call.run(&KernelTable::gelu, {x_view.extent(0), x_view.view.data, y_view.view.data, erf});
       },
-      "x"_a, "y"_a, py::kw_only(), "erf"_a, "threads"_a, "level"_a = py::none(), "y [n] = gelu(x), tanh form or erf; kernels/gelu.h.");
+      "x"_a, "y"_a, py::kw_only(), "erf"_a, "threads"_a, "level"_a = py::none(),
+      "y [n] = gelu(x), tanh form or erf; kernels/gelu.h.");
   m.def(
       "gelu_backward",
       [](py::handle x, py::handle dy, py::handle dx, bool erf, int threads, const LevelName& level) {
@@ -452,7 +461,8 @@ void bind_linear_logprob(py::module_& m) {
         const Argument weight_view = call.real(weight, "weight", {-1, d});
         const std::int64_t vocab = weight_view.extent(0);
         const Argument target_view = token_ids(targets, "targets", rows, vocab);
-        const Argument logprob_view = call.real(logprob, "logprob", {rows}), entropy_view = call.real(entropy, "entropy", {rows});
+        const Argument logprob_view = call.real(logprob, "logprob", {rows}),
+                       entropy_view = call.real(entropy, "entropy", {rows});
         const Argument lse_view = call.real(lse, "lse", {rows});
         const auto z_view = call.optional_real(z, "z", {rows, vocab});
         if (rows == 0) return;
@@ -462,8 +472,8 @@ void bind_linear_logprob(py::module_& m) {
         g.logprob = logprob_view.view.data, g.entropy = entropy_view.view.data, g.lse = lse_view.view.data;
         call.run(&KernelTable::linear_logprob, g);
       },
-      "hidden"_a, "weight"_a, "targets"_a, "logprob"_a, "entropy"_a, "lse"_a, py::kw_only(), "z"_a = py::none(), "temperature"_a,
-      "threads"_a, "level"_a = py::none(),
+      "hidden"_a, "weight"_a, "targets"_a, "logprob"_a, "entropy"_a, "lse"_a, py::kw_only(), "z"_a = py::none(),
+      "temperature"_a, "threads"_a, "level"_a = py::none(),
       "logprob, entropy, lse [rows] from hidden [rows, d] and weight [vocab, d]; z [rows, vocab] receives the scaled "
       "logits where given; kernels/linear_logprob.h.");
   m.def(
@@ -486,7 +496,8 @@ void bind_linear_logprob(py::module_& m) {
         const auto dweight_view = call.optional_real(dweight, "dweight", {vocab, d});
         const auto z_view = call.optional_real(z, "z", {rows, vocab});
         if (!z_view && block_rows < 1)
-          throw ArgumentError("block_rows must be at least 1 where no logits are kept, but it is " + std::to_string(block_rows));
+          throw ArgumentError("block_rows must be at least 1 where no logits are kept, but it is " +
+                              std::to_string(block_rows));
         if (rows == 0) return;
         LinearLogprobBackward g;
         g.rows = rows, g.hidden = d, g.vocab = vocab, g.x = hidden_view.view.data, g.weight = weight_view.view.data;
@@ -496,8 +507,9 @@ void bind_linear_logprob(py::module_& m) {
         g.dx = data_of(dx_view), g.dweight = data_of(dweight_view);
         call.run(&KernelTable::linear_logprob_backward, g);
       },
-      "hidden"_a, "weight"_a, "targets"_a, "entropy"_a, "lse"_a, "d_logprob"_a, "d_entropy"_a, py::kw_only(), "dx"_a = py::none(),
-      "dweight"_a = py::none(), "z"_a = py::none(), "block_rows"_a = 0, "temperature"_a, "threads"_a, "level"_a = py::none(),
+      "hidden"_a, "weight"_a, "targets"_a, "entropy"_a, "lse"_a, "d_logprob"_a, "d_entropy"_a, py::kw_only(),
+      "dx"_a = py::none(), "dweight"_a = py::none(), "z"_a = py::none(), "block_rows"_a = 0, "temperature"_a, "threads"_a,
+      "level"_a = py::none(),
       "dx = ..., dweight += ...; z: the kept logits, overwritten; without them they are computed again, block_rows at a time.");
 }
 
@@ -506,7 +518,8 @@ void bind_linear_logprob(py::module_& m) {
 void bind_sums(py::module_& m) {
   m.def(
       "total",
-      [](py::handle x, py::handle out, const py::object& mask, const py::object& cu_seqlens, int threads, const LevelName& level) {
+      [](py::handle x, py::handle out, const py::object& mask, const py::object& cu_seqlens, int threads,
+         const LevelName& level) {
         const Call call(x, "x", threads, level);
         const Argument x_view = call.real(x, "x", {-1});
         const std::int64_t n = x_view.extent(0);
@@ -534,7 +547,8 @@ void bind_sums(py::module_& m) {
   m.def(
       "adamw",
       [](py::handle p, py::handle g, py::handle exp_avg, py::handle exp_avg_sq, std::int64_t step, double lr,
-         std::pair<double, double> betas, double eps, double weight_decay, double grad_scale, int threads, const LevelName& level) {
+         std::pair<double, double> betas, double eps, double weight_decay, double grad_scale, int threads,
+         const LevelName& level) {
         const Call call(p, "p", threads, level);
         const Argument p_view = call.real(p, "p", {-1});
         const Shape& shape = p_view.view.shape;
@@ -543,7 +557,8 @@ void bind_sums(py::module_& m) {
         if (step < 1) throw ArgumentError("step counts from 1, but it is " + std::to_string(step));
         const auto [beta1, beta2] = betas;
         if (!(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1))
-          throw ArgumentError("betas must be at least 0 and below 1, but they are " + std::to_string(beta1) + " and " + std::to_string(beta2));
+          throw ArgumentError("betas must be at least 0 and below 1, but they are " + std::to_string(beta1) + " and " +
+                              std::to_string(beta2));
         AdamW a;
         a.n = shape[0], a.p = p_view.view.data, a.g = g_view.view.data, a.m = m_view.view.data, a.v = v_view.view.data;
         a.lr = lr, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.weight_decay = weight_decay, a.grad_scale = grad_scale;

@@ -1,6 +1,7 @@
 #include "engine/fixed_math.h"
 
-#include <cmath>
+#include <bit>
+#include <cstdint>
 
 namespace tutelage {
 
@@ -44,25 +45,39 @@ constexpr auto kAtanh = odd_reciprocals<12>();  // 0.0295^12 / 25 = 2e-20
 
 }  // namespace
 
-// nearbyint, ldexp and frexp are exact operations: they round nothing that could differ.
+namespace {
+
+// Nearest whole number, ties to even, for |x| < 2^51: adding 1.5 x 2^52 leaves no bits for a fraction.
+double nearest(double x) {
+  constexpr double big = 6755399441055744.0;
+  return (x + big) - big;
+}
+double power_of_two(std::int64_t n) {  // n in [-1022, 1023]
+  return std::bit_cast<double>(static_cast<std::uint64_t>(n + 1023) << 52);
+}
+
+}  // namespace
 
 double fixed_exp(double x) {
-  const double n = std::nearbyint(x * 1.4426950408889634);
+  const double n = nearest(x * 1.4426950408889634);
   const double r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;  // ln 2 in two parts
-  return std::ldexp(horner(kExp, r), static_cast<int>(n));
+  const auto whole = static_cast<std::int64_t>(n), half = whole / 2;  // in two steps: results below 2^-1022 too
+  return horner(kExp, r) * power_of_two(half) * power_of_two(whole - half);
 }
 
 double fixed_log(double x) {
-  int e = 0;
-  double m = std::frexp(x, &e);  // [0.5, 1)
-  if (m < 0.70710678118654752) m *= 2, --e;
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)): the exponent field, counted from sqrt(1/2)
+  constexpr std::uint64_t origin = 0x3fe6a09e667f3bcd, mantissa = 0x000fffffffffffff;
+  const std::uint64_t bits = std::bit_cast<std::uint64_t>(x) - origin;
+  const double m = std::bit_cast<double>((bits & mantissa) + origin);
+  const auto e = static_cast<double>(static_cast<std::int64_t>(bits) >> 52);
   const double s = (m - 1) / (m + 1), s2 = s * s;
   return e * 6.93145751953125e-1 + (2 * s * horner(kAtanh, s2) + e * 1.42860682030941723212e-6);  // log m = 2 atanh(s)
 }
 
 SinCos fixed_sincos(double x) {
   // x - n pi/2 with pi/2 in three parts of 33 bits each: n of up to 22 bits times a part is exact
-  const double n = std::nearbyint(x * 0.63661977236758134);
+  const double n = nearest(x * 0.63661977236758134);
   const double r = ((x - n * 1.57079632673412561417) - n * 6.07710050630396597660e-11) - n * 2.02226624871116645580e-21;
   const double r2 = r * r;
   const double s = horner(kSin, r2) * r, c = horner(kCos, r2);

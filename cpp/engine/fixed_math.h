@@ -5,8 +5,8 @@
 
 namespace tutelage {
 
-double fixed_exp(double x);
-double fixed_log(double x);  // x > 0
+double fixed_exp(double x);  // |x| < 708
+double fixed_log(double x);  // normal x > 0
 struct SinCos {
   double sin, cos;
 };

@@ -80,7 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = [] if below else difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(below or COMMANDS)}"
         return _fail("tutelage", f"unknown command {name!r}; {hint}")
-    return run(name, lambda: _imported(COMMANDS[name].function)(parse(name, rest)))
+
+    def command() -> None:
+        config = parse(name, rest)  # before the import of what takes it: `--help` ends here
+        _imported(COMMANDS[name].function)(config)
+
+    return run(name, command)
 
 
 def run(name: str, command: Callable[[], object]) -> int:

@@ -72,6 +72,8 @@ class Model:
             raise ValueError("level chooses among float32 kernels; leave it out with dtype=torch.float64")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must lie in 0 .. 2^64 - 1, but it is {seed}")
+        if logits_budget < 0:
+            raise ValueError(f"logits_budget must not be negative, but it is {logits_budget}")
         self.config = config
         self.head: Head = head
         self.device = torch.device(device)
@@ -111,7 +113,8 @@ class Model:
         """
         if not (temperature > 0 and temperature < float("inf")):
             raise ValueError(f"temperature must be positive and finite, but it is {temperature}")
-        return Score(*_Score.apply(self._anchor, self, batch, temperature, torch.is_grad_enabled()))
+        keep = torch.is_grad_enabled()
+        return Score(*_Score.apply(self._anchor, self, batch, temperature, keep))  # type: ignore[no-untyped-call]
 
     def values(self, batch: PackedBatch) -> Tensor:
         """The scalar head's value after every token: float32 [N], differentiable.
@@ -121,7 +124,8 @@ class Model:
         Raises:
             ValueError: as :meth:`score`; a language-model head.
         """
-        values: Tensor = _Values.apply(self._anchor, self, batch, torch.is_grad_enabled())
+        keep = torch.is_grad_enabled()
+        values: Tensor = _Values.apply(self._anchor, self, batch, keep)  # type: ignore[no-untyped-call]
         return values
 
     def activation_bytes(self, tokens: int, sequences: int, *, keep: bool = True) -> int:
@@ -170,7 +174,7 @@ class Model:
     def decay_mask(self) -> Tensor:
         """bool, as ``params``: True where weight decay applies (matrices; not norms and biases)."""
         mask = torch.zeros(self.params.numel(), dtype=torch.bool)
-        for name, offset, shape, decay in self._engine.parameters():
+        for _, offset, shape, decay in self._engine.parameters():
             mask[offset : offset + torch.Size(shape).numel()] = decay
         return mask
 

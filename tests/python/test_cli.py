@@ -233,12 +233,18 @@ def test_the_doctor_counts_openmp_runtimes() -> None:
 
 
 def test_the_doctor_comes_without_torch() -> None:
+    """Torch is there but cannot be imported, the way it usually fails."""
     printed = python(
         """
-import sys
-sys.modules["torch"] = None
+import builtins
+real = builtins.__import__
+def broken(name, *others, **options):
+    if name == "torch" or name.startswith("torch."):
+        raise ImportError("libtorch.so: cannot open shared object file")
+    return real(name, *others, **options)
+builtins.__import__ = broken
 from tutelage.cli import main
 assert main(["doctor"]) == 0
 """
     )
-    assert "! torch" in printed and "cannot be imported" in printed
+    assert "! torch" in printed and "cannot be imported: libtorch.so" in printed

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from forked import Forker, forker
 
+from forked import Forker, forker
 from tutelage import Model
 from tutelage.files import RunFolderError, newest_complete
 from tutelage.train.configs import PretrainConfig

@@ -37,8 +37,7 @@ from tutelage.train.run import METRICS, Run, ignore, open_run, schedule, write_j
 
 @dataclass(frozen=True)
 class Size:
-    """What `--size` stands for. batch_tokens, max_steps, learning_rate and vocab_size are defaults of the
-    options."""
+    """What `--size` stands for: the model's shape, and the defaults of the options of the same names."""
 
     hidden_size: int
     intermediate_size: int
@@ -53,10 +52,11 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "tiny": Size(64, 176, 2, 4, 1024, 128, 1024, 400, 5e-3),
-    # Three minutes of two cores are about 23 TFLOP (130 GFLOP/s). A token costs 6 flops per matrix entry,
-    # forward and backward: 6 x 2.4M = 14 MFLOP; so 1.6 million tokens, nearly twice the home library.
-    "small": Size(192, 512, 4, 4, 3072, 256, 1024, 1500, 3e-3),
-    "base": Size(512, 1408, 8, 8, 8192, 1024, 8192, 600, 1e-3),
+    # About three minutes of two cores, 20 TFLOP at 120 GFLOP/s. A token costs 6 flops for every entry of a
+    # matrix, forward and backward, and attention on top: 8 MFLOP; so 2.5 million tokens, the home library
+    # nearly three times. A larger model would see it less often, and at this budget it learns less.
+    "small": Size(128, 352, 4, 4, 3072, 256, 1024, 2400, 3e-3),
+    "base": Size(512, 1408, 8, 8, 4096, 1024, 4096, 600, 1e-3),
 }
 
 
@@ -79,9 +79,7 @@ class PretrainResult:
     tokens_per_second: float
 
 
-def pretrain(
-    config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str], None] = ignore
-) -> PretrainResult:
+def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str], None] = ignore) -> PretrainResult:
     """Trains a model as `config` says and saves it in output_dir/model.
 
     disk, fault: for tests, see `open_run`. Raises as `open_run`, `read_documents`, `Run.start` and
@@ -103,11 +101,8 @@ def pretrain(
             return cross_entropy(model.score(part).logprobs, part.completion_mask, denominator)
 
         state = run.start(model, optimizer, data.fingerprint)
-        cursor, tokens, bits = (
-            Cursor(**state.get("cursor", {})),
-            state.get("tokens", 0),
-            state.get("bits", {}),
-        )
+        cursor = Cursor(**state.get("cursor", {}))
+        tokens, bits = state.get("tokens", 0), state.get("bits", {})
         for step in run.steps(config.max_steps):
             optimizer.lr = config.learning_rate * schedule(
                 config.lr_scheduler_type,
@@ -168,9 +163,7 @@ def with_defaults(config: PretrainConfig) -> PretrainConfig:
     if filled.batch_tokens % context:
         raise ValueError(f"batch_tokens = {filled.batch_tokens} must be a multiple of context = {context}")
     if filled.micro_batch_tokens < context:
-        raise ValueError(
-            f"micro_batch_tokens = {filled.micro_batch_tokens} must be at least context = {context}"
-        )
+        raise ValueError(f"micro_batch_tokens = {filled.micro_batch_tokens} must be at least context = {context}")
     return filled
 
 
@@ -251,10 +244,6 @@ def _comparison(result: PretrainResult) -> Table:
     for name in sources if len(sources) > 1 else []:
         table.add_row(f"  on {name}", f"{result.bits_per_byte[name]:.3f}")
     for compressor in ("gzip", "xz"):
-        table.add_row(
-            f"{compressor} -9, document by document", f"{result.baselines[f'{compressor}_per_document']:.3f}"
-        )
-        table.add_row(
-            f"{compressor} -9, all in one stream", f"{result.baselines[f'{compressor}_stream']:.3f}"
-        )
+        table.add_row(f"{compressor} -9, document by document", f"{result.baselines[f'{compressor}_per_document']:.3f}")
+        table.add_row(f"{compressor} -9, all in one stream", f"{result.baselines[f'{compressor}_stream']:.3f}")
     return table
