@@ -1,4 +1,5 @@
-// The machine's ceilings, timed: what bench/ and `tutelage doctor` state speeds as fractions of. Test: tests/python/test_bench.py.
+// The machine's ceilings, timed: what bench/ and `tutelage doctor` state speeds as fractions of. Test:
+// tests/python/test_bench.py.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -46,10 +47,10 @@ double fma_peak(int threads, double seconds) {
   check(threads, seconds);
   const py::gil_scoped_release release;
   return 1e-9 * rate(seconds, 4096, [&](std::int64_t rounds) {  // from some 50 us on
-    double flops = 0;
-    machine_table().fma_peak({rounds, &flops}, threads);
-    return flops;
-  });
+           double flops = 0;
+           machine_table().fma_peak({rounds, &flops}, threads);
+           return flops;
+         });
 }
 
 double read_bandwidth(int threads, std::int64_t bytes, double seconds) {
@@ -62,16 +63,17 @@ double read_bandwidth(int threads, std::int64_t bytes, double seconds) {
   parallel_for(threads, n, [&](std::int64_t begin, std::int64_t end) { std::fill(x + begin, x + end, 1.0f); });
   double sum = 0;
   return 1e-9 * rate(seconds, 1, [&](std::int64_t rounds) {
-    machine_table().read_sweep({n, rounds, x, &sum}, threads);
-    return static_cast<double>(rounds) * static_cast<double>(n) * sizeof(float);
-  });
+           machine_table().read_sweep({n, rounds, x, &sum}, threads);
+           return static_cast<double>(rounds) * static_cast<double>(n) * sizeof(float);
+         });
 }
 
 }  // namespace
 
 void bind_ceilings(py::module_& m) {
-  m.def("fma_peak", &fma_peak, "threads"_a, "seconds"_a = 0.2,
-        "GFLOP/s of fused float32 multiply-adds on so many threads, measured for at least so many seconds; kernels/ceilings.h.");
+  m.def(
+      "fma_peak", &fma_peak, "threads"_a, "seconds"_a = 0.2,
+      "GFLOP/s of fused float32 multiply-adds on so many threads, measured for at least so many seconds; kernels/ceilings.h.");
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a = std::int64_t{256} << 20, "seconds"_a = 0.2,
         "GB/s of reading a buffer of so many bytes over and over on so many threads: memory, or a cache that it fits in.");
 }

@@ -224,8 +224,8 @@ void bind_model(py::module_& m) {
            "temperature"_a, "keep"_a, "recompute"_a, "logits_budget"_a, "threads"_a)
       .def("values", &BoundTransformer::values, "params"_a, "tokens"_a, "cu_seqlens"_a, "values"_a, "keep"_a, "recompute"_a,
            "threads"_a)
-      .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "params"_a, "grads"_a, "d_logprobs"_a,
-           "d_entropy"_a, "threads"_a)
+      .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "params"_a, "grads"_a, "d_logprobs"_a, "d_entropy"_a,
+           "threads"_a)
       .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "params"_a, "grads"_a, "d_values"_a, "threads"_a)
       .def("forget_gradients", &BoundTransformer::forget_gradients)
       .def("finish_gradients", &BoundTransformer::finish_gradients, "grads"_a, "threads"_a)

@@ -25,8 +25,7 @@ void run_tasks(int threads, std::int64_t n, RangeFunction function, void* contex
 template <class Body>
 static inline void parallel_for(int threads, std::int64_t n, Body&& body) {
   detail::run_ranges(
-      threads, n,
-      [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(context))(begin, end); },
+      threads, n, [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -6,22 +6,32 @@ namespace tutelage {
 
 const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::float32: return "float32";
-    case DType::float64: return "float64";
-    case DType::int32: return "int32";
-    case DType::boolean: return "bool";
-    case DType::other: break;
+    case DType::float32:
+      return "float32";
+    case DType::float64:
+      return "float64";
+    case DType::int32:
+      return "int32";
+    case DType::boolean:
+      return "bool";
+    case DType::other:
+      break;
   }
   return "another dtype";
 }
 
 std::int64_t dtype_size(DType dtype) {
   switch (dtype) {
-    case DType::float32: return 4;
-    case DType::float64: return 8;
-    case DType::int32: return 4;
-    case DType::boolean: return 1;
-    case DType::other: break;
+    case DType::float32:
+      return 4;
+    case DType::float64:
+      return 8;
+    case DType::int32:
+      return 4;
+    case DType::boolean:
+      return 1;
+    case DType::other:
+      break;
   }
   return 0;
 }
@@ -67,8 +77,7 @@ const TensorView& TensorView::require_dtype(DType expected) const {
 }
 
 const TensorView& TensorView::require_contiguous() const {
-  if (!contiguous())
-    throw ArgumentError("argument '" + name + "' must be contiguous; call .contiguous() on it first");
+  if (!contiguous()) throw ArgumentError("argument '" + name + "' must be contiguous; call .contiguous() on it first");
   return *this;
 }
 
@@ -81,8 +90,7 @@ const TensorView& TensorView::require_shape(const std::vector<std::int64_t>& exp
 }
 
 void require_cu_seqlens(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t tokens) {
-  if (cu_seqlens[0] != 0)
-    throw ArgumentError("cu_seqlens must start at 0, but it starts at " + std::to_string(cu_seqlens[0]));
+  if (cu_seqlens[0] != 0) throw ArgumentError("cu_seqlens must start at 0, but it starts at " + std::to_string(cu_seqlens[0]));
   for (std::int64_t s = 0; s < sequences; ++s)
     if (cu_seqlens[s + 1] < cu_seqlens[s])
       throw ArgumentError("cu_seqlens must never fall, but entry " + std::to_string(s + 1) + " is " +
@@ -100,8 +108,8 @@ void require_token_ids(const char* name, const std::int32_t* ids, std::int64_t t
     while (row + 1 < sequences && cu_seqlens[row + 1] <= i) ++row;
     throw ArgumentError(std::string(name) + ": token id " + std::to_string(ids[i]) + " at position " +
                         std::to_string(i - cu_seqlens[row]) + " of sequence " + std::to_string(row) +
-                        " is outside the vocabulary of " + std::to_string(limit) + " ids (0 to " +
-                        std::to_string(limit - 1) + ")");
+                        " is outside the vocabulary of " + std::to_string(limit) + " ids (0 to " + std::to_string(limit - 1) +
+                        ")");
   }
 }
 

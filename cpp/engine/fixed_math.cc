@@ -61,7 +61,7 @@ double power_of_two(std::int64_t n) {  // n in [-1022, 1023]
 double fixed_exp(double x) {
   const double n = nearest(x * 1.4426950408889634);
   const double r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;  // ln 2 in two parts
-  const auto whole = static_cast<std::int64_t>(n), half = whole / 2;  // in two steps: results below 2^-1022 too
+  const auto whole = static_cast<std::int64_t>(n), half = whole / 2;               // in two steps: results below 2^-1022 too
   return horner(kExp, r) * power_of_two(half) * power_of_two(whole - half);
 }
 
@@ -82,10 +82,14 @@ SinCos fixed_sincos(double x) {
   const double r2 = r * r;
   const double s = horner(kSin, r2) * r, c = horner(kCos, r2);
   switch (static_cast<long long>(n) & 3) {
-    case 0: return {s, c};
-    case 1: return {c, -s};
-    case 2: return {-s, -c};
-    default: return {-c, s};
+    case 0:
+      return {s, c};
+    case 1:
+      return {c, -s};
+    case 2:
+      return {-s, -c};
+    default:
+      return {-c, s};
   }
 }
 

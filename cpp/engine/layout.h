@@ -1,7 +1,7 @@
 // Where every parameter lies in the one flat buffer, under the names and in the shapes of Hugging Face's checkpoints.
 //
-// q, k, v lie one after the other, and gate after up's neighbour, so that each group is one matrix to the engine and several named
-// tensors to the world. Test: tests/python/test_model.py (names and shapes against transformers).
+// q, k, v lie one after the other, and gate after up's neighbour, so that each group is one matrix to the engine and several
+// named tensors to the world. Test: tests/python/test_model.py (names and shapes against transformers).
 #pragma once
 
 #include <cstdint>

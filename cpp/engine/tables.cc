@@ -39,9 +39,12 @@ void four_normals(std::uint64_t seed, PhiloxCounter counter, double* out) {
 
 double deviation(const Config& config, Parameter::Init init) {
   switch (init) {
-    case Parameter::Init::residual: return 0.02 / std::sqrt(2.0 * static_cast<double>(config.num_hidden_layers));
-    case Parameter::Init::scalar_head: return 1 / std::sqrt(static_cast<double>(config.hidden_size) + 1);
-    default: return 0.02;
+    case Parameter::Init::residual:
+      return 0.02 / std::sqrt(2.0 * static_cast<double>(config.num_hidden_layers));
+    case Parameter::Init::scalar_head:
+      return 1 / std::sqrt(static_cast<double>(config.hidden_size) + 1);
+    default:
+      return 0.02;
   }
 }
 
@@ -82,8 +85,10 @@ void initialise(const Config& config, const Layout& layout, std::uint64_t seed, 
     parallel_for(threads, (parameter.size + 3) / 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t block = begin; block < end; ++block) {
         double normals[4];
-        four_normals(seed, {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32),
-                            static_cast<std::uint32_t>(index), 0}, normals);
+        four_normals(
+            seed,
+            {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), static_cast<std::uint32_t>(index), 0},
+            normals);
         for (std::int64_t i = 0; i < 4 && block * 4 + i < parameter.size; ++i)
           to[block * 4 + i] = static_cast<float>(normals[i] * scale);
       }

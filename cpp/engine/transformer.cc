@@ -125,8 +125,8 @@ auto* at(T* base, std::int64_t index, std::int64_t element) {
 }
 }  // namespace
 
-void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x,
-                       const std::int32_t* gather, std::int64_t rows, void* y, void* mean, void* rstd, int threads) const {
+void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x, const std::int32_t* gather,
+                       std::int64_t rows, void* y, void* mean, void* rstd, int threads) const {
   const std::int64_t d = config_.hidden_size, e = table_.activation_size;
   if (config_.norm == Norm::rmsnorm) {
     RmsNorm n;
@@ -159,7 +159,8 @@ Activation forward_activation(Mlp mlp) {
 }
 Activation backward_activation(Mlp mlp) {
   return mlp == Mlp::swiglu ? Activation::swiglu_backward
-                            : mlp == Mlp::gelu ? Activation::gelu_backward : Activation::gelu_erf_backward;
+         : mlp == Mlp::gelu ? Activation::gelu_backward
+                            : Activation::gelu_erf_backward;
 }
 }  // namespace
 
@@ -167,7 +168,8 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
                                 int threads) const {
   const Config& c = config_;
   const LayerOffsets& w = layout_.layers[index];
-  const std::int64_t e = table_.activation_size, d = c.hidden_size, qkv = c.qkv_width(), q = c.query_width(), kv = c.key_width();
+  const std::int64_t e = table_.activation_size, d = c.hidden_size, qkv = c.qkv_width(), q = c.query_width(),
+                     kv = c.key_width();
   const std::int64_t qk_heads = c.num_attention_heads + c.num_key_value_heads;
 
   norm(params, w.norm1, w.norm1_bias, a.x, nullptr, g.tokens_, g.scratch_norm_, a.mean1, a.rstd1, threads);
@@ -193,8 +195,14 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
                 threads);
 
   Attention attention;
-  attention.shape = {g.sequences_, g.cu_seqlens_.data(), c.num_attention_heads, c.num_key_value_heads, c.head_dim, true,
-                     c.sliding_window, 1 / std::sqrt(static_cast<double>(c.head_dim))};
+  attention.shape = {g.sequences_,
+                     g.cu_seqlens_.data(),
+                     c.num_attention_heads,
+                     c.num_key_value_heads,
+                     c.head_dim,
+                     true,
+                     c.sliding_window,
+                     1 / std::sqrt(static_cast<double>(c.head_dim))};
   attention.q = queries, attention.q_row = qk_row;
   attention.k = at(queries, q, e), attention.k_row = qk_row;
   attention.v = at(a.qkv, q + kv, e), attention.v_row = qkv;
@@ -299,8 +307,7 @@ std::unique_ptr<Graph> Transformer::score(const Batch& batch, const void* params
 std::unique_ptr<Graph> Transformer::values(const Batch& batch, const void* params, const Options& options, void* values) {
   std::unique_ptr<Graph> graph = forward(batch, params, options);
   Graph& g = *graph;
-  norm(params, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, g.tokens_, g.hidden_, g.mean_, g.rstd_,
-       options.threads);
+  norm(params, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, g.tokens_, g.hidden_, g.mean_, g.rstd_, options.threads);
   Matmul head;
   head.m = g.tokens_, head.n = 1, head.k = config_.hidden_size;
   head.a = g.hidden_, head.a_row = config_.hidden_size;
@@ -344,8 +351,8 @@ void Transformer::finish_gradients(void* grads, int threads) {
   for (const Parameter& parameter : layout_.parameters) settle(grads, parameter.offset, false);
   if (slot_ids_.empty()) return;
   const std::int64_t e = table_.activation_size;
-  table_.embedding_backward({static_cast<std::int64_t>(slot_ids_.size()), config_.hidden_size, slot_ids_.data(),
-                             lookup_.data(), at(grads, layout_.head, e)},
+  table_.embedding_backward({static_cast<std::int64_t>(slot_ids_.size()), config_.hidden_size, slot_ids_.data(), lookup_.data(),
+                             at(grads, layout_.head, e)},
                             threads);
   for (std::int32_t id : slot_ids_) slot_of_[static_cast<std::size_t>(id)] = -1;
   slot_ids_.clear();
@@ -446,8 +453,14 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   // attention
   linear_backward(g, params, grads, w.out, w.out_bias, q, d, a.o, s.dx, s.d_o, threads);
   AttentionBackward attention;
-  attention.shape = {g.sequences_, g.cu_seqlens_.data(), c.num_attention_heads, c.num_key_value_heads, c.head_dim, true,
-                     c.sliding_window, 1 / std::sqrt(static_cast<double>(c.head_dim))};
+  attention.shape = {g.sequences_,
+                     g.cu_seqlens_.data(),
+                     c.num_attention_heads,
+                     c.num_key_value_heads,
+                     c.head_dim,
+                     true,
+                     c.sliding_window,
+                     1 / std::sqrt(static_cast<double>(c.head_dim))};
   const void* queries = c.qk_norm ? a.qk : a.qkv;
   const std::int64_t qk_row = c.qk_norm ? q + kv : qkv;
   void* d_queries = c.qk_norm ? s.d_qk : s.d_qkv;
@@ -515,8 +528,7 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
     if (before > 0) table_.copy(grown.data(), lookup_.data(), before * row);
     lookup_ = std::move(grown);
   }
-  if (rows > before)
-    table_.zero(at(lookup_.data(), static_cast<std::int64_t>(before) * d, e), (rows - before) * row);
+  if (rows > before) table_.zero(at(lookup_.data(), static_cast<std::int64_t>(before) * d, e), (rows - before) * row);
   table_.embedding_backward({g.tokens_, d, slots.data(), s.dx, lookup_.data()}, threads);
 }
 
@@ -543,7 +555,8 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   head.rows = g.rows_, head.hidden = d, head.vocab = c.vocab_size;
   head.x = g.hidden_, head.weight = at(params, layout_.head, e), head.targets = g.targets_.data();
   head.index = g.outputs_.data(), head.temperature = g.options_.temperature;
-  // Logits computed again: as many rows at a time as fit the budget, and 96 MiB (a tenth of 2048 x 50257 in float32 and change).
+  // Logits computed again: as many rows at a time as fit the budget, and 96 MiB (a tenth of 2048 x 50257 in float32 and
+  // change).
   constexpr std::int64_t most = std::int64_t{96} << 20;
   head.z = g.z_, head.block_rows = std::max<std::int64_t>(1, std::min(g.options_.logits_budget, most) / e / c.vocab_size);
   head.entropy = g.entropy_, head.lse = g.lse_, head.d_logprob = d_logprobs, head.d_entropy = d_entropy;

@@ -4,17 +4,19 @@
 //   lm      log-prob and entropy of every token but each sequence's first, from the hidden state before it
 //   scalar  a value after every token
 //
-// Parameters and gradients are the caller's flat buffers. A Graph is what one forward keeps for its backward; several may be alive.
+// Parameters and gradients are the caller's flat buffers. A Graph is what one forward keeps for its backward; several may be
+// alive.
 //
 // The same bits whatever the batch, the threads, the level (P1); and gradients that do not depend on how a batch was cut into
 // consecutive micro-batches (P4): every weight gradient is one chain over tokens that continues in the gradient buffer. A tied
-// embedding is used twice, so it has two chains: the look-up's is kept apart, for the rows that occur, until finish_gradients().
+// embedding is used twice, so it has two chains: the look-up's is kept apart, for the rows that occur, until
+// finish_gradients().
 //
 // Test: tests/python/test_model.py, test_promises.py, test_memory.py.   Benchmark: bench/train.py.
 #pragma once
 
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -52,15 +54,15 @@ struct Batch {
 
 struct Options {
   int threads = 1;
-  bool keep = true;        // for a backward
-  bool recompute = false;  // keep each block's input only and run the block again in the backward
+  bool keep = true;                                      // for a backward
+  bool recompute = false;                                // keep each block's input only and run the block again in the backward
   std::int64_t logits_budget = std::int64_t{256} << 20;  // bytes of logits kept between forward and backward
   double temperature = 1.0;
   void (*poll)() = nullptr;  // called between blocks; may throw (Ctrl-C)
 };
 
-// Cosines and sines for positions [0, positions), in the table's element type. Grown when a longer sequence comes; a graph holds
-// the one it was made with, so growing never pulls a table from under another thread.
+// Cosines and sines for positions [0, positions), in the table's element type. Grown when a longer sequence comes; a graph
+// holds the one it was made with, so growing never pulls a table from under another thread.
 struct RotaryCache {
   std::int64_t positions = 0;
   Buffer cos, sin;
@@ -111,8 +113,8 @@ class Transformer {
 
   // Gradients count as zero from here on; the buffer itself is written when the first gradient arrives, or by finish_gradients.
   void forget_gradients();
-  // Writes what is still owed to grads: zeros not yet written, the tied look-up's rows. After a backward that ended in the middle
-  // (out of memory, Ctrl-C) this and every further backward throw until forget_gradients(): grads hold part of it.
+  // Writes what is still owed to grads: zeros not yet written, the tied look-up's rows. After a backward that ended in the
+  // middle (out of memory, Ctrl-C) this and every further backward throw until forget_gradients(): grads hold part of it.
   void finish_gradients(void* grads, int threads);
 
   // Bytes that a forward keeps (or needs while it runs, when keep is false), for `sequences` sequences of `tokens` in all.
@@ -131,8 +133,8 @@ class Transformer {
   void backward_body(Graph& graph, const void* params, void* grads, const Stack& s, int threads, void (*poll)());
   std::shared_ptr<const RotaryCache> rotary(std::int64_t longest, int threads);
   Stack lay_out_stack(const Graph& graph, Plan& plan) const;
-  void norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x,
-            const std::int32_t* gather, std::int64_t rows, void* y, void* mean, void* rstd, int threads) const;
+  void norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x, const std::int32_t* gather,
+            std::int64_t rows, void* y, void* mean, void* rstd, int threads) const;
   void norm_backward(const void* params, void* grads, std::int64_t weight, std::int64_t bias, const void* x,
                      const std::int32_t* gather, std::int64_t rows, const void* mean, const void* rstd, const void* dy,
                      void* dx, bool accumulate, int threads);
@@ -150,7 +152,7 @@ class Transformer {
   const KernelTable& table_;
   std::mutex rotary_mutex_;
   std::shared_ptr<const RotaryCache> rotary_;
-  std::vector<bool> owed_zero_;              // by parameter: its stretch of grads counts as zero but was not written
+  std::vector<bool> owed_zero_;                   // by parameter: its stretch of grads counts as zero but was not written
   std::vector<std::int32_t> slot_of_, slot_ids_;  // the tied look-up's rows: slot of a token id (or -1), id of a slot
   Buffer lookup_;
   bool partial_ = false;  // a backward ended in the middle

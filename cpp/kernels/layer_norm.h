@@ -38,7 +38,7 @@ struct LayerNormBackward {
   std::int64_t dy_row = 0;
   void* dx = nullptr;  // at token gather[t]
   std::int64_t dx_row = 0;
-  bool accumulate = false;  // into dx
+  bool accumulate = false;                    // into dx
   void *dweight = nullptr, *dbias = nullptr;  // always accumulated; null: not wanted
 };
 

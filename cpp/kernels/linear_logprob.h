@@ -7,9 +7,10 @@
 //          entropy = lse - sum_j p_j z_j, p_j = exp(z_j - lse).
 //          backward: dz_j = dlogprob (1[j = target] - p_j) - dentropy p_j (z_j - lse + entropy), d(x . weight_j) = dz_j / T;
 //          dx_i = sum_j dz_j weight_j,  dweight_j += sum over rows of dz_j x.
-// Order    each z is one chain over hidden. The sums over the vocabulary are taken in tiles of kVocabTile columns (maximum; then
-//          sum of exp and of exp times distance, in 16 lanes and the fixed tree), merged in index order by one function. dx: one
-//          chain over the vocabulary; dweight: ONE chain over rows, continued from what it holds. Kept logits and logits
+// Order    each z is one chain over hidden. The sums over the vocabulary are taken in tiles of kVocabTile columns (maximum;
+// then
+//          sum of exp and of exp times distance, in 16 lanes and the fixed tree), merged in index order by one function. dx:
+//          one chain over the vocabulary; dweight: ONE chain over rows, continued from what it holds. Kept logits and logits
 //          computed again, in blocks of any number of rows, give the same bits.
 // Work     forward 2, backward 4 (6 when logits are computed again) x rows x hidden x vocab flops. Memory beyond the outputs:
 //          forward 12 bytes a row and vocabulary tile; backward nothing with kept logits (they are overwritten by dz), else

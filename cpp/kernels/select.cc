@@ -34,7 +34,8 @@ Output run_matmul(const KernelTable& t, Activation activation) {
   g.c = out[0].data(), g.c_row = 2 * kWidth;
   g.activation = activation, g.activated = out[1].data(), g.activated_row = 2 * kWidth;
   g.pre = pre.data(), g.pre_row = 2 * kWidth;
-  if (activation == Activation::none || activation == Activation::gelu || activation == Activation::swiglu) g.bias = bias.data();
+  if (activation == Activation::none || activation == Activation::gelu || activation == Activation::swiglu)
+    g.bias = bias.data();
   t.matmul(g, 1);
   return out;
 }
@@ -60,8 +61,9 @@ Output run_attention(const KernelTable& t) {
   const AttentionShape shape{2, cu_seqlens, kHeads, kHeads / 2, kHeadDim, true, 0, 0.2};
   Attention f{shape, q.data(), k.data(), v.data(), row, row, row, out[0].data(), row, out[5].data()};
   t.flash_attention(f, 1);
-  AttentionBackward b{shape, q.data(), k.data(), v.data(), row, row, row, out[0].data(), out[5].data(), d_o.data(), row, row,
-                      out[1].data(), out[2].data(), out[3].data(), row, row, row};
+  AttentionBackward b{shape,         q.data(),      k.data(),      v.data(),   row, row,
+                      row,           out[0].data(), out[5].data(), d_o.data(), row, row,
+                      out[1].data(), out[2].data(), out[3].data(), row,        row, row};
   t.flash_attention_backward(b, 1);
   return out;
 }
@@ -185,7 +187,8 @@ const KernelTable* choose() {
     if (!level.supported) continue;
     const std::string wrong = self_check(*level.table);
     if (wrong.empty()) return level.table;
-    std::fprintf(stderr, "tutelage: the %s kernels failed their self-check (%s differs from scalar); using the next level down\n",
+    std::fprintf(stderr,
+                 "tutelage: the %s kernels failed their self-check (%s differs from scalar); using the next level down\n",
                  level.table->name, wrong.c_str());
   }
   return scalar_table();

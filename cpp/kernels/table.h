@@ -25,7 +25,7 @@
 namespace tutelage {
 
 struct KernelTable {
-  const char* name;             // "scalar", "avx2", "avx512", "neon", "float64"
+  const char* name;              // "scalar", "avx2", "avx512", "neon", "float64"
   std::int64_t activation_size;  // bytes of an element: 4, or 8 for float64
 
   void (*matmul)(const Matmul&, int threads);

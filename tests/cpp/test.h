@@ -52,19 +52,19 @@ std::string text(const Parts&... parts) {
   static const test::Register registered_##name(__FILE__, #name, &name); \
   static void name()
 
-#define CHECK(condition, ...)                                                                   \
-  do {                                                                                          \
-    if (!(condition)) test::fail(__FILE__, __LINE__, #condition, test::text(__VA_ARGS__));      \
+#define CHECK(condition, ...)                                                              \
+  do {                                                                                     \
+    if (!(condition)) test::fail(__FILE__, __LINE__, #condition, test::text(__VA_ARGS__)); \
   } while (false)
 
 // `expression` throws exactly this type with exactly this message.
-#define CHECK_THROWS(type, message, expression)                                                 \
-  do {                                                                                          \
-    std::string thrown = "nothing was thrown";                                                  \
-    try {                                                                                       \
-      expression;                                                                               \
-    } catch (const type& error) {                                                               \
-      thrown = error.what();                                                                    \
-    }                                                                                           \
-    CHECK(thrown == std::string(message), "\n  expected:", message, "\n  thrown:  ", thrown);   \
+#define CHECK_THROWS(type, message, expression)                                               \
+  do {                                                                                        \
+    std::string thrown = "nothing was thrown";                                                \
+    try {                                                                                     \
+      expression;                                                                             \
+    } catch (const type& error) {                                                             \
+      thrown = error.what();                                                                  \
+    }                                                                                         \
+    CHECK(thrown == std::string(message), "\n  expected:", message, "\n  thrown:  ", thrown); \
   } while (false)

@@ -1,9 +1,8 @@
-#include "engine/fixed_math.h"
-
 #include <bit>
 #include <cmath>
 #include <cstdint>
 
+#include "engine/fixed_math.h"
 #include "test.h"
 
 using namespace tutelage;

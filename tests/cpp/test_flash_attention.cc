@@ -37,7 +37,8 @@ struct Operands {
   Operands(const Case& g, const Source<T>& in)
       : cu_seqlens(g.cu_seqlens()), tokens(cu_seqlens.back()), wide(g.heads * g.d), narrow(g.kv_heads * g.d) {
     wide_row = wide + 3, narrow_row = narrow + 1;
-    q = in(tokens * wide_row, 1), k = in(tokens * narrow_row, 2), v = in(tokens * narrow_row, 3), d_o = in(tokens * wide_row, 4);
+    q = in(tokens * wide_row, 1), k = in(tokens * narrow_row, 2), v = in(tokens * narrow_row, 3),
+    d_o = in(tokens * wide_row, 4);
     for (T& x : q) x *= 4;  // weights far from uniform
     lse = blank<T>(tokens * g.heads);
     for (std::vector<T>* x : {&o, &dq, &dk, &dv}) {
@@ -50,14 +51,14 @@ struct Operands {
     return {int64_t(cu_seqlens.size()) - 1, cu_seqlens.data(), g.heads, g.kv_heads, g.d, g.causal, g.window, g.scale()};
   }
   void forward(const Case& g, const KernelTable& t, int threads) {
-    t.flash_attention({shape(g), q.data(), k.data(), v.data(), wide_row, narrow_row, narrow_row, o.data(), wide_row, lse.data()},
-                      threads);
+    t.flash_attention(
+        {shape(g), q.data(), k.data(), v.data(), wide_row, narrow_row, narrow_row, o.data(), wide_row, lse.data()}, threads);
   }
   void backward(const Case& g, const KernelTable& t, int threads) {
-    t.flash_attention_backward({shape(g), q.data(), k.data(), v.data(), wide_row, narrow_row, narrow_row, o.data(), lse.data(),
-                                d_o.data(), wide_row, wide_row, dq.data(), dk.data(), dv.data(), wide_row, narrow_row,
-                                narrow_row},
-                               threads);
+    t.flash_attention_backward(
+        {shape(g), q.data(), k.data(), v.data(), wide_row, narrow_row, narrow_row, o.data(), lse.data(), d_o.data(), wide_row,
+         wide_row, dq.data(), dk.data(), dv.data(), wide_row, narrow_row, narrow_row},
+        threads);
   }
   Outputs<T> outputs() const { return {o, lse, dq, dk, dv}; }
 };
@@ -131,7 +132,8 @@ void check(const Case& g) {
 }
 
 // Sequence `s` of a batch, copied out of or into all operands.
-void copy_sequence(const Case& from_case, const Operands<float>& from, std::size_t from_s, Operands<float>& to, std::size_t to_s) {
+void copy_sequence(const Case& from_case, const Operands<float>& from, std::size_t from_s, Operands<float>& to,
+                   std::size_t to_s) {
   const int64_t a = from.cu_seqlens[from_s], b = to.cu_seqlens[to_s], n = from_case.lengths[from_s];
   std::copy_n(from.q.begin() + a * from.wide_row, n * from.wide_row, to.q.begin() + b * to.wide_row);
   std::copy_n(from.d_o.begin() + a * from.wide_row, n * from.wide_row, to.d_o.begin() + b * to.wide_row);

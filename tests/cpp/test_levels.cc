@@ -19,16 +19,17 @@ struct Wrong {
   const char* expected;  // the name that self_check must give
   void (*break_it)(KernelTable&);
 };
-#define WRONG(expected, kernel, Arguments, output) \
-  {expected, [](KernelTable& t) {                  \
+#define WRONG(expected, kernel, Arguments, output)    \
+  {expected, [](KernelTable& t) {                     \
      t.kernel = [](const Arguments& g, int threads) { \
-       scalar_table()->kernel(g, threads);         \
-       flip(g.output);                             \
-     };                                            \
+       scalar_table()->kernel(g, threads);            \
+       flip(g.output);                                \
+     };                                               \
    }}
 const Wrong kWrong[] = {
     WRONG("matmul", matmul, Matmul, c),
-    {"matmul + swiglu backward", [](KernelTable& t) {  // one epilogue only
+    {"matmul + swiglu backward",
+     [](KernelTable& t) {  // one epilogue only
        t.matmul = [](const Matmul& g, int threads) {
          scalar_table()->matmul(g, threads);
          if (g.activation == Activation::swiglu_backward) flip(g.activated);

@@ -9,13 +9,13 @@ namespace {
 struct Case {
   int64_t rows, hidden, vocab;
   double temperature = 1.0;
-  bool kept = false;            // logits between forward and backward
-  int64_t block_rows = 4;       // when they are computed again
-  bool indexed = false;         // row r at place 2 (rows - r) of logprob and entropy
+  bool kept = false;       // logits between forward and backward
+  int64_t block_rows = 4;  // when they are computed again
+  bool indexed = false;    // row r at place 2 (rows - r) of logprob and entropy
   bool accumulate = true;
   std::string name() const {
-    return text(rows, "x", hidden, "x", vocab, "temperature", temperature, "kept", kept, "block", block_rows, "indexed", indexed,
-                "accumulate", accumulate);
+    return text(rows, "x", hidden, "x", vocab, "temperature", temperature, "kept", kept, "block", block_rows, "indexed",
+                indexed, "accumulate", accumulate);
   }
 };
 
@@ -51,7 +51,8 @@ struct Operands {
     call.x = x.data() + begin * g.hidden, call.weight = weight.data(), call.targets = targets.data() + begin;
     call.index = g.indexed ? index.data() + begin : nullptr;
     call.z = g.kept ? z.data() + begin * g.vocab : nullptr;
-    call.logprob = logprob.data() + first(g, begin), call.entropy = entropy.data() + first(g, begin), call.lse = lse.data() + begin;
+    call.logprob = logprob.data() + first(g, begin), call.entropy = entropy.data() + first(g, begin),
+    call.lse = lse.data() + begin;
     t.linear_logprob(call, threads);
   }
   LinearLogprobBackward backward_call(const Case& g, int64_t begin, int64_t end) {
@@ -101,7 +102,8 @@ std::vector<std::vector<wide>> reference(const Case& g) {
     out[0][at] = z[x.targets[i]] - lse, out[1][at] = entropy, out[2][i] = lse;
     for (int64_t j = 0; j < g.vocab; ++j) {
       const wide p = std::exp(z[j] - lse);
-      const wide dz = (x.d_logprob[at] * ((j == x.targets[i] ? 1 : 0) - p) - x.d_entropy[at] * p * (z[j] - lse + entropy)) / g.temperature;
+      const wide dz =
+          (x.d_logprob[at] * ((j == x.targets[i] ? 1 : 0) - p) - x.d_entropy[at] * p * (z[j] - lse + entropy)) / g.temperature;
       for (int64_t f = 0; f < g.hidden; ++f) {
         out[3][i * g.hidden + f] += dz * x.weight[j * g.hidden + f];
         out[4][j * g.hidden + f] += dz * x.x[i * g.hidden + f];
@@ -251,8 +253,10 @@ TEST(nan_stays_in_its_row_and_is_never_hidden) {
       row.forward(g, *t, 1, 0, g.rows);
       row.backward(g, *t, 1, 0, g.rows);
       for (int64_t i = 0; i < g.rows; ++i)
-        for (const auto& [mine, was] : {std::pair{&row.logprob, &clean.logprob}, {&row.entropy, &clean.entropy}, {&row.lse, &clean.lse}})
-          CHECK(i == 3 ? std::isnan((*mine)[i]) : same_bits(&(*mine)[i], &(*was)[i], 1), t->name, "kept", kept, "row", i, (*mine)[i]);
+        for (const auto& [mine, was] :
+             {std::pair{&row.logprob, &clean.logprob}, {&row.entropy, &clean.entropy}, {&row.lse, &clean.lse}})
+          CHECK(i == 3 ? std::isnan((*mine)[i]) : same_bits(&(*mine)[i], &(*was)[i], 1), t->name, "kept", kept, "row", i,
+                (*mine)[i]);
       for (int64_t i = 0; i < g.rows; ++i)
         CHECK(i == 3 ? std::isnan(row.dx[i * 24]) : same_bits(&row.dx[i * 24], &clean.dx[i * 24], 24), t->name, i);
       for (float v : row.dweight) CHECK(std::isnan(v), t->name);

@@ -85,14 +85,17 @@ std::vector<std::vector<wide>> reference(const Case& g) {
     auto c = out[0].begin() + i * x.c_row, activated = out[1].begin() + i * x.activated_row;
     for (int64_t j = 0; j < g.n; ++j) {
       wide sum = g.accumulate ? c[j] : 0;
-      for (int64_t p = 0; p < g.k; ++p) sum += static_cast<wide>(x.a[i * x.a_row + p * x.a_col]) * x.b[p * x.b_row + j * x.b_col];
+      for (int64_t p = 0; p < g.k; ++p)
+        sum += static_cast<wide>(x.a[i * x.a_row + p * x.a_col]) * x.b[p * x.b_row + j * x.b_col];
       if (g.bias) sum += x.bias[j];
       if (g.residual) sum += x.residual[i * x.residual_row + j];
       const bool erf = g.activation == Activation::gelu_erf || g.activation == Activation::gelu_erf_backward;
       const wide pre = x.pre[i * x.pre_row + j], up = x.pre[i * x.pre_row + (g.gated() ? g.n : 0) + j], s = sigmoid(pre);
       switch (g.activation) {
         case Activation::none:
-        case Activation::swiglu: c[j] = sum; break;
+        case Activation::swiglu:
+          c[j] = sum;
+          break;
         case Activation::gelu:
         case Activation::gelu_erf:
           c[j] = sum;

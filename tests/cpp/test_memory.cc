@@ -1,9 +1,8 @@
-#include "core/memory.h"
-
 #include <cstring>
 #include <new>
 #include <thread>
 
+#include "core/memory.h"
 #include "support.h"
 
 using namespace test;
@@ -85,20 +84,46 @@ TEST(any_allocation_of_a_kernel_may_fail) {
   auto everything = [&](int threads) {
     const KernelTable& t = *float_tables().back();
     Outputs<float> out(6, blank<float>(n));
-    std::vector<float> lse = blank<float>(7 * 6), dweight(w.size(), 0.0f), statistics = blank<float>(3 * 7), total = blank<float>(1);
-    t.matmul({.m = 7, .n = 40, .k = 48, .a = x.data(), .a_row = 48, .b = w.data(), .b_row = 40, .b_col = 1, .c = out[0].data(),
+    std::vector<float> lse = blank<float>(7 * 6), dweight(w.size(), 0.0f), statistics = blank<float>(3 * 7),
+                       total = blank<float>(1);
+    t.matmul({.m = 7,
+              .n = 40,
+              .k = 48,
+              .a = x.data(),
+              .a_row = 48,
+              .b = w.data(),
+              .b_row = 40,
+              .b_col = 1,
+              .c = out[0].data(),
               .c_row = 48},
              threads);
     t.flash_attention({shape, x.data(), y.data(), w.data(), 48, 16, 16, out[1].data(), 48, lse.data()}, threads);
     t.flash_attention_backward({shape, x.data(), y.data(), w.data(), 48, 16, 16, out[1].data(), lse.data(), y.data(), 48, 48,
                                 out[2].data(), out[3].data(), out[4].data(), 48, 16, 16},
                                threads);
-    t.linear_logprob({.rows = 7, .hidden = 48, .vocab = 300, .x = x.data(), .weight = w.data(), .targets = targets,
-                      .logprob = &statistics[0], .entropy = &statistics[7], .lse = &statistics[14]},
+    t.linear_logprob({.rows = 7,
+                      .hidden = 48,
+                      .vocab = 300,
+                      .x = x.data(),
+                      .weight = w.data(),
+                      .targets = targets,
+                      .logprob = &statistics[0],
+                      .entropy = &statistics[7],
+                      .lse = &statistics[14]},
                      threads);
-    t.linear_logprob_backward({.rows = 7, .hidden = 48, .vocab = 300, .x = x.data(), .weight = w.data(), .targets = targets,
-                               .block_rows = 4, .entropy = &statistics[7], .lse = &statistics[14], .d_logprob = x.data(),
-                               .d_entropy = y.data(), .dx = out[5].data(), .dweight = dweight.data()},
+    t.linear_logprob_backward({.rows = 7,
+                               .hidden = 48,
+                               .vocab = 300,
+                               .x = x.data(),
+                               .weight = w.data(),
+                               .targets = targets,
+                               .block_rows = 4,
+                               .entropy = &statistics[7],
+                               .lse = &statistics[14],
+                               .d_logprob = x.data(),
+                               .d_entropy = y.data(),
+                               .dx = out[5].data(),
+                               .dweight = dweight.data()},
                               threads);
     t.total({n, x.data(), nullptr, 1, nullptr, total.data()}, threads);
     out.insert(out.end(), {lse, dweight, statistics, total});

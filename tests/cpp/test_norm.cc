@@ -26,7 +26,8 @@ struct Operands {
 
   Operands(const Case& g, const Source<T>& in) : width(g.groups * g.d), x_row(width + 3), y_row(width + 1) {
     sources = g.gather ? 2 * g.tokens + 1 : g.tokens;
-    for (int64_t t = 0; g.gather && t < g.tokens; ++t) gather.push_back(int32_t(sources - 1 - 2 * t));  // every other row, backwards
+    for (int64_t t = 0; g.gather && t < g.tokens; ++t)
+      gather.push_back(int32_t(sources - 1 - 2 * t));  // every other row, backwards
     x = in(sources * x_row, 1), residual = in(sources * x_row, 2), weight = in(g.d, 3), bias = in(g.d, 4);
     dy = in(g.tokens * y_row, 5), dweight = in(g.d, 6), dbias = in(g.d, 7);
     dx = in(sources * x_row, 8);
@@ -47,8 +48,8 @@ struct Operands {
     const T* added = g.residual ? residual.data() + first : nullptr;
     T* statistics = rstd.data() + begin * g.groups;
     if (g.layer)
-      t.layer_norm({end - begin, g.d, x.data() + first, x_row, from, added, sum.data() + first, weight.data(), bias.data(), kEps,
-                    y.data() + begin * y_row, y_row, mean.data() + begin, statistics},
+      t.layer_norm({end - begin, g.d, x.data() + first, x_row, from, added, sum.data() + first, weight.data(), bias.data(),
+                    kEps, y.data() + begin * y_row, y_row, mean.data() + begin, statistics},
                    threads);
     else
       t.rms_norm({end - begin, g.groups, g.d, x.data() + first, x_row, from, added, sum.data() + first, weight.data(), kEps,
@@ -60,9 +61,10 @@ struct Operands {
     const int64_t first = g.gather ? 0 : begin * x_row;
     const T* input = (g.residual ? sum : x).data() + first;
     if (g.layer)
-      t.layer_norm_backward({end - begin, g.d, input, x_row, from, weight.data(), mean.data() + begin, rstd.data() + begin,
-                             dy.data() + begin * y_row, y_row, dx.data() + first, x_row, g.accumulate, dweight.data(), dbias.data()},
-                            threads);
+      t.layer_norm_backward(
+          {end - begin, g.d, input, x_row, from, weight.data(), mean.data() + begin, rstd.data() + begin,
+           dy.data() + begin * y_row, y_row, dx.data() + first, x_row, g.accumulate, dweight.data(), dbias.data()},
+          threads);
     else
       t.rms_norm_backward({end - begin, g.groups, g.d, input, x_row, from, weight.data(), rstd.data() + begin * g.groups,
                            dy.data() + begin * y_row, y_row, dx.data() + first, x_row, g.accumulate, dweight.data()},
@@ -84,7 +86,8 @@ std::vector<std::vector<wide>> reference(const Case& g) {
   for (const std::vector<double>& start : x.outputs()) out.emplace_back(start.begin(), start.end());
   auto &sum = out[0], &y = out[1], &mean = out[2], &rstd = out[3], &dx = out[4], &dweight = out[5], &dbias = out[6];
   for (int64_t row = 0; row < g.tokens * g.groups; ++row) {
-    const int64_t t = row / g.groups, inner = row % g.groups * g.d, at = x.source(t) * x.x_row + inner, to = t * x.y_row + inner;
+    const int64_t t = row / g.groups, inner = row % g.groups * g.d, at = x.source(t) * x.x_row + inner,
+                  to = t * x.y_row + inner;
     std::vector<wide> v(static_cast<std::size_t>(g.d));
     wide m = 0, squares = 0, mean_w = 0, mean_wh = 0;
     for (int64_t j = 0; j < g.d; ++j) {
@@ -133,7 +136,8 @@ TEST(shapes) {
   for (bool layer : {false, true})
     for (int64_t tokens : {1, 2, 13})
       for (int64_t d : {3, 8, 16, 17, 64, 100}) {
-        for (int options = 0; options < 8; ++options) check({layer, tokens, 1, d, bool(options & 1), bool(options & 2), bool(options & 4)});
+        for (int options = 0; options < 8; ++options)
+          check({layer, tokens, 1, d, bool(options & 1), bool(options & 2), bool(options & 4)});
         if (!layer) check({false, tokens, 3, d, false, false, true});
       }
   if (!kSmall) check({false, 100, 1, 768}), check({true, 100, 1, 768});
@@ -205,14 +209,15 @@ TEST(gradients_that_are_not_wanted_may_be_null) {
     all.run(g, *scalar_table(), 1, 0, g.tokens);
     some.forward(g, *scalar_table(), 1, 0, g.tokens);
     if (g.layer)
-      scalar_table()->layer_norm_backward({g.tokens, g.d, some.x.data(), some.x_row, nullptr, some.weight.data(), some.mean.data(),
-                                           some.rstd.data(), some.dy.data(), some.y_row, some.dx.data(), some.x_row, false, nullptr,
-                                           nullptr},
-                                          1);
+      scalar_table()->layer_norm_backward(
+          {g.tokens, g.d, some.x.data(), some.x_row, nullptr, some.weight.data(), some.mean.data(), some.rstd.data(),
+           some.dy.data(), some.y_row, some.dx.data(), some.x_row, false, nullptr, nullptr},
+          1);
     else
-      scalar_table()->rms_norm_backward({g.tokens, g.groups, g.d, some.x.data(), some.x_row, nullptr, some.weight.data(),
-                                         some.rstd.data(), some.dy.data(), some.y_row, some.dx.data(), some.x_row, false, nullptr},
-                                        1);
+      scalar_table()->rms_norm_backward(
+          {g.tokens, g.groups, g.d, some.x.data(), some.x_row, nullptr, some.weight.data(), some.rstd.data(), some.dy.data(),
+           some.y_row, some.dx.data(), some.x_row, false, nullptr},
+          1);
     CHECK(same_bits(all.dx, some.dx), g.name());
   }
 }
@@ -230,7 +235,8 @@ TEST(nan_stays_in_its_row_and_reaches_the_weights) {
                     same_bits(&clean.dx[i * clean.x_row], &dirty.dx[i * dirty.x_row], clean.width),
                 t->name, g.name(), i);
       for (int64_t j = 0; j < g.d; ++j)
-        CHECK(std::isnan(dirty.y[4 * dirty.y_row + j]) && std::isnan(dirty.dx[4 * dirty.x_row + j]) && std::isnan(dirty.dweight[j]),
+        CHECK(std::isnan(dirty.y[4 * dirty.y_row + j]) && std::isnan(dirty.dx[4 * dirty.x_row + j]) &&
+                  std::isnan(dirty.dweight[j]),
               t->name, g.name(), j);
     }
 }

@@ -1,5 +1,3 @@
-#include "core/parallel.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
@@ -7,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/parallel.h"
 #include "test.h"
 
 using namespace tutelage;

@@ -1,5 +1,4 @@
 #include "core/philox.h"
-
 #include "test.h"
 
 using tutelage::philox4x32;

@@ -18,9 +18,9 @@ Outputs<T> run(const Case& g, const KernelTable& t, int threads, const Source<T>
   for (T& v : x) v *= 6;
   std::vector<T> y(static_cast<std::size_t>(g.rows * y_row), T(kPad)), dx(x.size(), T(kPad));
   t.swiglu({g.rows, g.columns, x.data(), x.data() + g.columns, in_row, y.data(), y_row}, threads);
-  t.swiglu_backward({g.rows, g.columns, x.data(), x.data() + g.columns, in_row, dy.data(), y_row, dx.data(),
-                     dx.data() + g.columns, in_row},
-                    threads);
+  t.swiglu_backward(
+      {g.rows, g.columns, x.data(), x.data() + g.columns, in_row, dy.data(), y_row, dx.data(), dx.data() + g.columns, in_row},
+      threads);
   return {y, dx};
 }
 
@@ -40,7 +40,8 @@ void check(const Case& g) {
   const Outputs<double> mine = run(g, *float64_table(), 2, in);
   CHECK(difference(mine[0], y) < 1e-13, g.rows, g.columns, difference(mine[0], y));
   CHECK(difference(mine[1], dx) < 1e-13, g.rows, g.columns, difference(mine[1], dx));
-  same_everywhere([&](const KernelTable& t, int threads, const Source<float>& in_float) { return run(g, t, threads, in_float); });
+  same_everywhere(
+      [&](const KernelTable& t, int threads, const Source<float>& in_float) { return run(g, t, threads, in_float); });
 }
 
 }  // namespace

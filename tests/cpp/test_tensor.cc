@@ -1,6 +1,5 @@
-#include "core/tensor.h"
-
 #include "core/error.h"
+#include "core/tensor.h"
 #include "test.h"
 
 using namespace tutelage;
@@ -65,8 +64,7 @@ TEST(a_token_id_out_of_range_is_named_with_its_sequence_and_position) {
   std::int32_t ids[] = {0, 9, 3, 4, 5};
   require_token_ids("tokens", ids, 5, 10, cu_seqlens, 3);
   ids[4] = 10;
-  CHECK_THROWS(ArgumentError,
-               "tokens: token id 10 at position 2 of sequence 2 is outside the vocabulary of 10 ids (0 to 9)",
+  CHECK_THROWS(ArgumentError, "tokens: token id 10 at position 2 of sequence 2 is outside the vocabulary of 10 ids (0 to 9)",
                require_token_ids("tokens", ids, 5, 10, cu_seqlens, 3));
   ids[1] = -1;
   CHECK_THROWS(ArgumentError, "tokens: token id -1 at position 1 of sequence 0 is outside the vocabulary of 10 ids (0 to 9)",

@@ -39,7 +39,8 @@ TEST(sums_with_and_without_a_mask) {
         const std::vector<float> y = in(n, 1);
         double sum = -1;
         t.sum_of_squares({n, y.data(), &sum}, threads);
-        return Outputs<float>{{total_of(t, y, masked ? mask.get() : nullptr, threads), float(sum), float(sum - double(float(sum)))}};
+        return Outputs<float>{
+            {total_of(t, y, masked ? mask.get() : nullptr, threads), float(sum), float(sum - double(float(sum)))}};
       });
     }
 }

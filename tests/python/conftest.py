@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from models_for_tests import threads
 
 # The same examples on every run, and no time limits: a busy machine must not turn a test red.

@@ -117,9 +117,7 @@ def backward(model: Model, batch: PackedBatch, seed: int = 0, temperature: float
         values.backward(randn(values, seed))
     else:
         out = model.score(batch, temperature)
-        torch.autograd.backward(
-            [out.logprobs, out.entropy], [randn(out.logprobs, seed), randn(out.entropy, seed + 1)]
-        )
+        torch.autograd.backward([out.logprobs, out.entropy], [randn(out.logprobs, seed), randn(out.entropy, seed + 1)])
 
 
 def gradient_bits(model: Model, batch: PackedBatch, seed: int = 0) -> bytes:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import bits, randn, threads
 
+from models_for_tests import bits, randn, threads
 from tutelage import PackedBatch, pack
 
 few = settings(max_examples=25)
@@ -50,9 +50,7 @@ def test_pack_keeps_every_token(seqs: list[list[int]]) -> None:
     assert rows(batch, batch.completion_mask) == [[False] + [True] * (len(seq) - 1) for seq in seqs]
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64]
-)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64])
 def test_pack_takes_any_integers(dtype: Any) -> None:
     ids = np.array([3, 1, 2], dtype=dtype)
     ids.setflags(write=False)  # as a memory-mapped corpus is
@@ -141,14 +139,10 @@ def test_sum_mean_and_last(batch: PackedBatch) -> None:
     assert batch.completion_counts == [len(values) for values in kept]
     assert batch.last(x).tolist() == [values[-1] for values in rows(batch, x)]
     if all(kept):
-        torch.testing.assert_close(
-            batch.mean(x), torch.tensor([sum(values) / len(values) for values in kept]).double()
-        )
+        torch.testing.assert_close(batch.mean(x), torch.tensor([sum(values) / len(values) for values in kept]).double())
     else:
         empty = [bool(values) for values in kept].index(False)
-        with pytest.raises(
-            ValueError, match=f"sequence {empty} has no token in its completion_mask, so it has no mean"
-        ):
+        with pytest.raises(ValueError, match=f"sequence {empty} has no token in its completion_mask, so it has no mean"):
             batch.mean(x)
 
 

@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 import pytest
-from models_for_tests import KINDS
 
+from models_for_tests import KINDS
 from tutelage import ModelConfig
 
 SIZES: dict[str, Any] = {
@@ -85,10 +85,7 @@ def gpt2_needs(field: str, needed: object, given: object) -> tuple[dict[str, Any
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *(
-            ({**SIZES, name: 0}, f"{name} must be at least 1, but it is 0")
-            for name in (*SIZES, "max_position_embeddings")
-        ),
+        *(({**SIZES, name: 0}, f"{name} must be at least 1, but it is 0") for name in (*SIZES, "max_position_embeddings")),
         (
             {**SIZES, "num_key_value_heads": 3},
             "num_key_value_heads = 3 must divide num_attention_heads = 4",
@@ -126,8 +123,7 @@ def gpt2_needs(field: str, needed: object, given: object) -> tuple[dict[str, Any
         ),
         (
             {**SIZES, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_scaling of type llama3 lacks high_freq_factor, low_freq_factor, "
-            "original_max_position_embeddings",
+            "rope_scaling of type llama3 lacks high_freq_factor, low_freq_factor, original_max_position_embeddings",
         ),
         (
             {**SIZES, "rope_scaling": {**LLAMA3, "factor": 0.0}},

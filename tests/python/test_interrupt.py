@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models_for_tests import backward, batch_for, forward_bits, gradient_bits, randn, threads
 
+from models_for_tests import backward, batch_for, forward_bits, gradient_bits, randn, threads
 from tutelage import Model, ModelConfig, PackedBatch, _core
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,9 +26,7 @@ def python_handles_ctrl_c() -> Iterator[None]:
 
 def deep_model() -> Model:
     return Model(
-        ModelConfig(
-            vocab_size=130, hidden_size=64, intermediate_size=128, num_hidden_layers=80, num_attention_heads=2
-        )
+        ModelConfig(vocab_size=130, hidden_size=64, intermediate_size=128, num_hidden_layers=80, num_attention_heads=2)
     )
 
 
@@ -60,9 +58,7 @@ def work(model: Model, batch: PackedBatch, direction: str) -> Callable[[], objec
     if direction == "forward":
         return lambda: forward_bits(model, batch)
     out = model.score(batch)
-    return lambda: torch.autograd.backward(
-        [out.logprobs, out.entropy], [randn(out.logprobs, 0), randn(out.entropy, 1)]
-    )
+    return lambda: torch.autograd.backward([out.logprobs, out.entropy], [randn(out.logprobs, 0), randn(out.entropy, 1)])
 
 
 def test_control_without_ctrl_c_nothing_is_raised() -> None:

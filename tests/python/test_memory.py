@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import KINDS, backward, batch_for, bits, gradient_bits, threads, tiny_model
 
+from models_for_tests import KINDS, backward, batch_for, bits, gradient_bits, threads, tiny_model
 from tutelage import AdamW, Model, _core
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from models_for_tests import (
     KINDS,
     backward,
@@ -22,8 +24,6 @@ from models_for_tests import (
     threads,
     tiny_model,
 )
-from torch import Tensor
-
 from tutelage import Model, PackedBatch, _core, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,9 +104,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         {**state, **{f"x{i}": torch.zeros(1) for i in range(7)}},
         "the state does not fit this model: unexpected x0, x1, x2, x3, x4 and 2 more",
     )
-    refused(
-        {**state, head: torch.zeros(48, 275)}, f"{head} must have shape [275, 48], but the state has [48, 275]"
-    )
+    refused({**state, head: torch.zeros(48, 275)}, f"{head} must have shape [275, 48], but the state has [48, 275]")
 
 
 def test_a_clone_is_a_model_of_its_own() -> None:
@@ -321,9 +319,7 @@ def test_probabilities_sum_to_one_and_give_the_entropy(kind: str, temperature: f
     logp, entropy = batch.last(out.logprobs), batch.last(out.entropy)
     assert float(logp.std()) > 0.1, "far from uniform, or the test says little"
     torch.testing.assert_close(logp.exp().sum(), torch.tensor(1.0).double(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        entropy, (-(logp.exp() * logp).sum()).expand(vocab), rtol=1e-11, atol=0
-    )
+    torch.testing.assert_close(entropy, (-(logp.exp() * logp).sum()).expand(vocab), rtol=1e-11, atol=0)
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -435,7 +431,7 @@ def test_activation_memory_is_what_is_stated(kind: str, options: dict[str, Any])
     assert in_use() == before
     with torch.no_grad():
         kept = forward(model, batch)
-    assert in_use() == before
+    assert in_use() == before, kept
 
 
 def test_no_grad_needs_less_memory_from_the_start() -> None:
@@ -569,9 +565,7 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 
 def test_the_wrong_head() -> None:
     batch = pack([[1, 2]])
-    with pytest.raises(
-        ValueError, match=r"this model has a scalar head; call values\(batch\), or load it with head='lm'"
-    ):
+    with pytest.raises(ValueError, match=r"this model has a scalar head; call values\(batch\), or load it with head='lm'"):
         tiny_model(head="scalar").score(batch)
     with pytest.raises(
         ValueError, match=r"this model has a language-model head; call score\(batch\), or load it with head='scalar'"

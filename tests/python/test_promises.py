@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from models_for_tests import (
     KINDS,
     backward,
@@ -25,7 +26,6 @@ from models_for_tests import (
     threads,
     tiny_model,
 )
-
 from tutelage import AdamW, Model, PackedBatch, kernels, objectives, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,9 +89,7 @@ def test_score_of_long_sequences(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @several
-@given(
-    st.lists(st.integers(1, 320), min_size=1, max_size=12), st.randoms(use_true_random=False), st.integers(1, 4)
-)
+@given(st.lists(st.integers(1, 320), min_size=1, max_size=12), st.randoms(use_true_random=False), st.integers(1, 4))
 def test_score_alone_is_score_in_any_batch_at_length(
     kind: str, head: Any, lengths: list[int], chance: random.Random, count: int
 ) -> None:
@@ -253,9 +251,7 @@ def test_gradients_of_long_sequences(kind: str, count: int) -> None:
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @several
 @given(st.lists(st.integers(1, 90), min_size=2, max_size=14), st.integers(1, 4), st.data())
-def test_gradients_of_any_cut(
-    kind: str, head: Any, lengths: list[int], count: int, data: st.DataObject
-) -> None:
+def test_gradients_of_any_cut(kind: str, head: Any, lengths: list[int], count: int, data: st.DataObject) -> None:
     model = tiny_model(kind, head=head, recompute=data.draw(st.booleans()))
     batch = batch_for(model, lengths, seed=sum(lengths))
     expected = accumulate(model, batch, [len(lengths)])
