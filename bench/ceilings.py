@@ -28,10 +28,7 @@ def gauge(unit: Unit, threads: int, seconds: float) -> Callable[[], float]:
 
 def ceilings(threads: int, seconds: float) -> dict[str, dict[str, float]]:
     """Both ceilings on one thread and on all, in GFLOP/s and GB/s, one sample each."""
-    return {
-        unit: {str(n): gauge(unit, n, seconds)() for n in sorted({1, threads})}
-        for unit in ("GFLOP/s", "GB/s")
-    }
+    return {unit: {str(n): gauge(unit, n, seconds)() for n in sorted({1, threads})} for unit in ("GFLOP/s", "GB/s")}
 
 
 def environment() -> dict[str, Any]:

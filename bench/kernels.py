@@ -113,9 +113,7 @@ def matmul_gelu(m: int, n: int, k: int) -> Iterator[Case]:
         its = F.linear(x, weight, bias)
         return its, F.gelu(its, approximate="tanh")
 
-    yield Case(
-        "matmul_gelu", "forward", _times(m, n, k), "GFLOP/s", 2.0 * m * n * k, {OURS: ours, "torch": torchs}
-    )
+    yield Case("matmul_gelu", "forward", _times(m, n, k), "GFLOP/s", 2.0 * m * n * k, {OURS: ours, "torch": torchs})
 
 
 def _times(*extents: int) -> str:
@@ -305,9 +303,7 @@ def layer_norm(tokens: int, d: int) -> Iterator[Case]:
 Phase = tuple[int, Run, Run]
 
 
-def _memory_bound(
-    kernel: str, shape: str, elements: int, forward: Phase, backward: Phase | None = None
-) -> Iterator[Case]:
+def _memory_bound(kernel: str, shape: str, elements: int, forward: Phase, backward: Phase | None = None) -> Iterator[Case]:
     """Cases of (bytes an element, ours, torch's)."""
     for name, phase in (("forward", forward), ("backward", backward)):
         if phase is not None:
@@ -341,9 +337,7 @@ def rope(tokens: int, heads: int, head_dim: int) -> Iterator[Case]:
 
     its_backward = _gradient(peers.rope(leaf, wide_cos, wide_sin), (leaf,), dy)
     shape = f"{tokens}, {heads} heads of {head_dim}"
-    yield from _memory_bound(
-        "rope", shape, x.numel(), (8, forward, torchs_forward), (8, backward, its_backward)
-    )
+    yield from _memory_bound("rope", shape, x.numel(), (8, forward, torchs_forward), (8, backward, its_backward))
 
 
 def swiglu(rows: int, columns: int) -> Iterator[Case]:

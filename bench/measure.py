@@ -198,9 +198,7 @@ def table(measurements: list[Measurement]) -> Table:
         ]
         row.append(_shown(m.fractions[OURS]))
         for peer in peers:
-            row += (
-                [f"{m.fractions[peer].median:.2f}", _shown(m.ratios[peer])] if peer in m.ratios else ["", ""]
-            )
+            row += [f"{m.fractions[peer].median:.2f}", _shown(m.ratios[peer])] if peer in m.ratios else ["", ""]
         for extra in extras:
             values = m.extra.get(extra, {})
             row.append(", ".join(f"{name} {_plain(value)}" for name, value in values.items()))

@@ -133,9 +133,7 @@ def measurement(name: str, shape: TrainShape, plan: Plan, with_peers: bool, memo
     contenders = {contender: _contender(contender, shape) for contender in names}
     m = measure(Case("train", "step", name, "GFLOP/s", flops, contenders), plan, threads)
     to_tokens = 1e9 * shape.sequences * shape.length / flops
-    extra: dict[str, dict[str, Any]] = {
-        "tokens/s": {contender: rate.scaled(to_tokens) for contender, rate in m.rates.items()}
-    }
+    extra: dict[str, dict[str, Any]] = {"tokens/s": {contender: rate.scaled(to_tokens) for contender, rate in m.rates.items()}}
     del contenders  # two models less beside the processes that follow
     if memory:
         arguments = (shape.config.to_dict(), shape.sequences, shape.length)
@@ -153,9 +151,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return report("train", plan, measurements(chosen, plan, config.peers, config.memory), config.json)
 
 
-def measurements(
-    shapes: dict[str, TrainShape], plan: Plan, with_peers: bool, memory: bool
-) -> Iterator[Measurement]:
+def measurements(shapes: dict[str, TrainShape], plan: Plan, with_peers: bool, memory: bool) -> Iterator[Measurement]:
     """One measurement a shape."""
     for name, shape in shapes.items():
         yield measurement(name, shape, plan, with_peers, memory)

@@ -34,9 +34,7 @@ def main() -> int:
         python = Path(scratch) / "bin" / "python"
         # Without a compiler: nothing but the environment's own folder is on PATH.
         environment = {**os.environ, "PATH": str(python.parent), "PYTHONPATH": ""}
-        subprocess.run(
-            [python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True, env=environment
-        )
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True, env=environment)
         # torch and the other dependencies are lent by this environment; tutelage itself must come from the new one.
         (Path(sysconfig.get_path("purelib", vars={"base": scratch})) / "lent.pth").write_text(
             sysconfig.get_path("purelib") + "\n"
@@ -45,9 +43,7 @@ def main() -> int:
             "import tutelage as tl, pathlib; m = tl.Model(tl.ModelConfig(64, 16, 32, 1, 2)); "
             "print(float(m.score(tl.pack([[1, 2, 3]])).logprobs.sum())); print(tl.__file__)"
         )
-        done = subprocess.run(
-            [python, "-c", code], check=True, env=environment, capture_output=True, text=True, cwd=scratch
-        )
+        done = subprocess.run([python, "-c", code], check=True, env=environment, capture_output=True, text=True, cwd=scratch)
     logprob, where = done.stdout.split()
     if not where.startswith(scratch):
         print(f"the wheel was not what was imported, but {where}", file=sys.stderr)

@@ -41,9 +41,7 @@ class PackedBatch:
 
     def _per_token(self, x: Tensor) -> Tensor:
         if x.shape != self.tokens.shape:
-            raise ValueError(
-                f"x must have one entry per token, [{self.tokens.numel()}], but it is {list(x.shape)}"
-            )
+            raise ValueError(f"x must have one entry per token, [{self.tokens.numel()}], but it is {list(x.shape)}")
         return x
 
     def sum(self, x: Tensor) -> Tensor:
@@ -121,13 +119,9 @@ def pack(seqs: Iterable[Any], masks: Sequence[Any] | None = None) -> PackedBatch
         try:
             row = _vector(seq)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"sequence {s} must be a vector of integer token ids, but it is {reprlib.repr(seq)}"
-            ) from error
+            raise ValueError(f"sequence {s} must be a vector of integer token ids, but it is {reprlib.repr(seq)}") from error
         if row.dim() != 1 or row.numel() == 0:
-            raise ValueError(
-                f"sequence {s} must be a vector of at least one token id, but its shape is {list(row.shape)}"
-            )
+            raise ValueError(f"sequence {s} must be a vector of at least one token id, but its shape is {list(row.shape)}")
         if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
             raise ValueError(f"sequence {s} must hold integer token ids, but it is {row.dtype}")
         row = row.to(torch.int64)

@@ -93,8 +93,7 @@ def check_json(value: object, where: str) -> None:
             check_json(entry, f"{where}[{index}]")
     elif value is not None and not isinstance(value, (str, int, float)):
         raise TypeError(
-            f"{where} is a {type(value).__name__}: "
-            "a checkpoint's state holds dict, list, str, int, float, bool and None"
+            f"{where} is a {type(value).__name__}: a checkpoint's state holds dict, list, str, int, float, bool and None"
         )
 
 
@@ -121,9 +120,7 @@ def _load_tensors(path: Path, records: Mapping[str, FileRecord]) -> dict[str, to
     files.read_checked(path, record, view)
     data_start = 8 + int.from_bytes(view[:8], "little")
     if not 8 <= data_start <= record.size:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: its header would end at byte {data_start} of {record.size}"
-        )
+        raise DamagedCheckpointError(f"{path} is damaged: its header would end at byte {data_start} of {record.size}")
     try:
         header = json.loads(bytes(view[8:data_start]))
     except (ValueError, RecursionError) as error:
@@ -139,9 +136,7 @@ def _load_tensors(path: Path, records: Mapping[str, FileRecord]) -> dict[str, to
 
 def _view(path: Path, data: torch.Tensor, name: str, entry: object) -> torch.Tensor:
     """The tensor `name` as a view of `data`, the uint8 bytes behind the header."""
-    wrong = DamagedCheckpointError(
-        f"{path} is damaged: the header's entry of {name!r} does not describe its bytes"
-    )
+    wrong = DamagedCheckpointError(f"{path} is damaged: the header's entry of {name!r} does not describe its bytes")
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             known = dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)

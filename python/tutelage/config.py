@@ -75,8 +75,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_key_value_heads = {self.num_key_value_heads} must divide "
-                f"num_attention_heads = {self.num_attention_heads}"
+                f"num_key_value_heads = {self.num_key_value_heads} must divide num_attention_heads = {self.num_attention_heads}"
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -121,9 +120,7 @@ class ModelConfig:
             raise ValueError(f"rope_scaling of type {kind} lacks {', '.join(missing)}")
         for name in sorted(needed[kind]):
             if not 0 < self.rope_scaling[name] < math.inf:
-                raise ValueError(
-                    f"rope_scaling: {name} must be positive and finite, but it is {self.rope_scaling[name]}"
-                )
+                raise ValueError(f"rope_scaling: {name} must be positive and finite, but it is {self.rope_scaling[name]}")
 
     def _check_gpt2(self) -> None:
         gpt2 = {

@@ -103,9 +103,7 @@ def level_finding(name: str, supported: bool, wrong_kernel: str, active: bool) -
     if not supported:
         return Finding(subject, "not on this CPU")
     if wrong_kernel:
-        return Finding(
-            subject, f"not used: {wrong_kernel} differs from the scalar level; please report this", True
-        )
+        return Finding(subject, f"not used: {wrong_kernel} differs from the scalar level; please report this", True)
     tested = "tested" if name in _TESTED_LEVELS else "self-checked, not tested"
     return Finding(subject, f"{tested}{', in use' if active else ''}")
 
@@ -145,7 +143,5 @@ def _memory() -> str:
     info = Path("/proc/meminfo")
     if not info.exists():
         return f"unknown on {sys.platform}"
-    kilobytes = {
-        key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", info.read_text(), re.MULTILINE)
-    }
+    kilobytes = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", info.read_text(), re.MULTILINE)}
     return f"{kilobytes['MemAvailable'] / 2**20:.1f} of {kilobytes['MemTotal'] / 2**20:.1f} GiB free"

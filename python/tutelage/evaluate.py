@@ -28,9 +28,7 @@ def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int
     return -math.fsum(sums)
 
 
-def held_out_bits_per_byte(
-    model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int
-) -> dict[str, float]:
+def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int) -> dict[str, float]:
     """Bits per UTF-8 byte on the held-out documents of each source, by name, and of all of them as "all".
 
     Empty where nothing is held out.
@@ -39,7 +37,5 @@ def held_out_bits_per_byte(
     if not sources:
         return {}
     nats = [held_out_nats(model, source, context, max_tokens) for source in sources]
-    bits = {
-        source.name: bits_per_byte(cost, source.bytes) for source, cost in zip(sources, nats, strict=True)
-    }
+    bits = {source.name: bits_per_byte(cost, source.bytes) for source, cost in zip(sources, nats, strict=True)}
     return {**bits, "all": bits_per_byte(math.fsum(nats), sum(source.bytes for source in sources))}

@@ -341,9 +341,7 @@ def write_folder(target: Path, files: Mapping[str, Iterable[Buffer]], disk: Disk
 def check_version(file: Path, version: object) -> None:
     """Raises CheckpointError if this release cannot read the `format_version` that `file` carries."""
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise DamagedCheckpointError(
-            f"{file} is damaged: its format_version is {version!r}, not a number from 1 up"
-        )
+        raise DamagedCheckpointError(f"{file} is damaged: its format_version is {version!r}, not a number from 1 up")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format_version {version}, but this tutelage reads up to {FORMAT_VERSION}: "
@@ -387,13 +385,9 @@ def _read_record(folder: Path, name: str, entry: object) -> FileRecord:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: the manifest lists it, but it is missing"
-        ) from error
+        raise DamagedCheckpointError(f"{path} is damaged: the manifest lists it, but it is missing") from error
     if not stat.S_ISREG(status.st_mode) or status.st_size != record.size:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: it has {status.st_size} bytes, the manifest says {record.size}"
-        )
+        raise DamagedCheckpointError(f"{path} is damaged: it has {status.st_size} bytes, the manifest says {record.size}")
     return record
 
 
@@ -447,9 +441,7 @@ def _order(checkpoint: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 0)
 
 
-def save_folder(
-    run_folder: Path, step: int, files: Mapping[str, Iterable[Buffer]], keep: int = 2, disk: Disk = DISK
-) -> Path:
+def save_folder(run_folder: Path, step: int, files: Mapping[str, Iterable[Buffer]], keep: int = 2, disk: Disk = DISK) -> Path:
     """Saves the files of a checkpoint at `step` (≥ 0) and returns its folder; the `keep` newest stay.
 
     Checkpoints of later steps are removed too: they belong to a course of the run that was left by resuming
@@ -523,9 +515,7 @@ def lock_folder(folder: Path, disk: Disk = DISK) -> Iterator[None]:
     try:
         held = disk.lock(folder / LOCK, wait=False)
         if held is None:
-            raise RunFolderError(
-                f"{folder} is in use by {_owner(folder / LOCK)}: wait for it to end, or stop it"
-            )
+            raise RunFolderError(f"{folder} is in use by {_owner(folder / LOCK)}: wait for it to end, or stop it")
         try:
             owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
             disk.write(folder / LOCK, held, owner.encode().ljust(_LOCK_BYTES), 0)
@@ -567,8 +557,7 @@ def claim_run_folder(
     make_folder(folder, disk)
     if _contents(folder) and not (folder / LOCK).exists():
         raise RunFolderError(
-            f"{folder} is not empty and not the folder of a run, so nothing in it was touched: "
-            "pass another --output_dir"
+            f"{folder} is not empty and not the folder of a run, so nothing in it was touched: pass another --output_dir"
         )
     with lock_folder(folder, disk):
         _remove_leftovers(folder, disk)
@@ -588,11 +577,7 @@ def _starting_point(folder: Path, resume: str | None, overwrite: bool, disk: Dis
         return _given_checkpoint(folder, Path(resume))
     contents = _contents(folder)
     if contents and not overwrite:
-        found = (
-            f"its newest checkpoint, {newest.name}"
-            if newest
-            else "the start, as it has no complete checkpoint"
-        )
+        found = f"its newest checkpoint, {newest.name}" if newest else "the start, as it has no complete checkpoint"
         raise RunFolderError(
             f"{folder} holds an earlier run: pass --resume auto to continue from {found}, "
             "--overwrite to remove it, or another --output_dir"
@@ -605,12 +590,9 @@ def _given_checkpoint(folder: Path, checkpoint: Path) -> Path:
     if not (checkpoint / MANIFEST).is_file():
         newest = newest_complete(folder)
         other = f"pass --resume {shlex.quote(str(newest))}" if newest else "this run has none yet"
-        raise RunFolderError(
-            f"--resume {checkpoint} is not a complete checkpoint (it has no {MANIFEST}): {other}"
-        )
+        raise RunFolderError(f"--resume {checkpoint} is not a complete checkpoint (it has no {MANIFEST}): {other}")
     if _contents(folder) and checkpoint.resolve().parent != (folder / CHECKPOINTS).resolve():
         raise RunFolderError(
-            f"{folder} holds another run than --resume {checkpoint}: "
-            "pass an empty --output_dir to continue that one"
+            f"{folder} holds another run than --resume {checkpoint}: pass an empty --output_dir to continue that one"
         )
     return checkpoint

@@ -61,9 +61,7 @@ def _int32(x: Tensor, name: str) -> Tensor:
     if x.dtype == torch.int64 and x.numel():
         lowest, highest = (int(v) for v in torch.aminmax(x))
         if lowest < -(2**31) or highest >= 2**31:
-            raise ValueError(
-                f"argument '{name}' holds {highest if highest >= 2**31 else lowest}, which no int32 can hold"
-            )
+            raise ValueError(f"argument '{name}' holds {highest if highest >= 2**31 else lowest}, which no int32 can hold")
     return x.to(torch.int32) if x.dtype == torch.int64 else x
 
 
@@ -188,8 +186,7 @@ def flash_attention(
 @custom_op(
     "tutelage::flash_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window, float scale) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window, float scale) -> (Tensor, Tensor)",
 )
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float
@@ -211,9 +208,7 @@ def _flash_attention(
 
 
 @_flash_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1])
 
 
@@ -306,9 +301,7 @@ def linear_logprob(
             position), a temperature that is not positive.
     """
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    results = torch.ops.tutelage.linear_logprob(
-        hidden, weight, targets, temperature, logits_budget if wanted else 0
-    )
+    results = torch.ops.tutelage.linear_logprob(hidden, weight, targets, temperature, logits_budget if wanted else 0)
     return results[0], results[1]
 
 
@@ -439,9 +432,7 @@ _linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linea
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: None = None) -> Tensor: ...
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     ``y = x / sqrt(mean(x^2) + eps) * weight``.
@@ -471,9 +462,7 @@ def _sum_shape(x: Tensor, residual: Tensor | None) -> torch.Size:
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
 )
-def _rms_norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows(x, "x")
     y, rstd = torch.empty_like(rows), rows.new_empty(rows.shape[0])
     summed = rows.new_empty(_sum_shape(rows, residual))
@@ -500,15 +489,11 @@ def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[T
     mutates_args=(),
     schema="(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
 )
-def _rms_norm_gradient(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def _rms_norm_gradient(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     rows = _rows(x, "x")
     dx = torch.empty_like(rows) if dsum is None else _rows(dsum, "dsum").clone()
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    _run(
-        _core.rms_norm_backward, rows, weight, rstd, _rows(dy, "dy"), dx, dweight, accumulate=dsum is not None
-    )
+    _run(_core.rms_norm_backward, rows, weight, rstd, _rows(dy, "dy"), dx, dweight, accumulate=dsum is not None)
     return dx.view(x.shape), dweight
 
 
@@ -526,9 +511,7 @@ def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _rms_norm_backward(ctx: Any, dy: Tensor, dsum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight = torch.ops.tutelage.rms_norm_backward(
-        dy, dsum if ctx.has_residual else None, *ctx.saved_tensors
-    )
+    dx, dweight = torch.ops.tutelage.rms_norm_backward(dy, dsum if ctx.has_residual else None, *ctx.saved_tensors)
     return dx, dweight, dx if ctx.has_residual else None, None
 
 
@@ -536,13 +519,9 @@ _rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_context)
 
 
 @overload
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: None = None
-) -> Tensor: ...
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: None = None) -> Tensor: ...
 @overload
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor
-) -> tuple[Tensor, Tensor]: ...
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -570,8 +549,7 @@ def layer_norm(
 @custom_op(
     "tutelage::layer_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
@@ -595,9 +573,7 @@ def _layer_norm(
 
 
 @_layer_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])
     return x.new_empty(x.shape), x.new_empty(_sum_shape(x, residual)), x.new_empty(rows), x.new_empty(rows)
 
@@ -605,8 +581,7 @@ def _(
 @custom_op(
     "tutelage::layer_norm_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
 )
 def _layer_norm_gradient(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
@@ -630,9 +605,7 @@ def _layer_norm_gradient(
 
 
 @_layer_norm_gradient.register_fake
-def _(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
@@ -645,9 +618,7 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _layer_norm_backward(ctx: Any, dy: Tensor, dsum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = torch.ops.tutelage.layer_norm_backward(
-        dy, dsum if ctx.has_residual else None, *ctx.saved_tensors
-    )
+    dx, dweight, dbias = torch.ops.tutelage.layer_norm_backward(dy, dsum if ctx.has_residual else None, *ctx.saved_tensors)
     return dx, dweight, dbias, dx if ctx.has_residual else None, None
 
 
@@ -860,9 +831,7 @@ def _(ids: Tensor, table: Tensor) -> Tensor:
     return table.new_empty(*ids.shape, table.shape[1])
 
 
-@custom_op(
-    "tutelage::embedding_backward", mutates_args=(), schema="(Tensor dy, Tensor ids, SymInt rows) -> Tensor"
-)
+@custom_op("tutelage::embedding_backward", mutates_args=(), schema="(Tensor dy, Tensor ids, SymInt rows) -> Tensor")
 def _embedding_gradient(dy: Tensor, ids: Tensor, rows: int) -> Tensor:
     dtable = dy.new_zeros(rows, dy.shape[-1])
     _run(_core.embedding_backward, _int32(ids, "ids").reshape(-1), _rows(dy, "dy"), dtable)
@@ -908,20 +877,14 @@ def total(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = Non
             not end at N.
     """
     if mask is not None and mask.shape != x.shape:
-        raise ValueError(
-            f"argument 'mask' must have the shape of x, {list(x.shape)}, but it has {list(mask.shape)}"
-        )
+        raise ValueError(f"argument 'mask' must have the shape of x, {list(x.shape)}, but it has {list(mask.shape)}")
     if cu_seqlens is not None and x.dim() != 1:
-        raise ValueError(
-            f"argument 'x' must have one axis to go with cu_seqlens, but its shape is {list(x.shape)}"
-        )
+        raise ValueError(f"argument 'x' must have one axis to go with cu_seqlens, but its shape is {list(x.shape)}")
     result: Tensor = torch.ops.tutelage.total(x, mask, cu_seqlens)
     return result
 
 
-@custom_op(
-    "tutelage::total", mutates_args=(), schema="(Tensor x, Tensor? mask, Tensor? cu_seqlens) -> Tensor"
-)
+@custom_op("tutelage::total", mutates_args=(), schema="(Tensor x, Tensor? mask, Tensor? cu_seqlens) -> Tensor")
 def _total(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     out = x.new_empty(1 if cu_seqlens is None else max(0, cu_seqlens.numel() - 1))
     _run(

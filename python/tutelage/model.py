@@ -82,9 +82,7 @@ class Model:
         self.logits_budget = logits_budget
         self.tokenizer: Tokenizer | None = None
         self._level = level
-        self._engine = _core.Transformer(
-            config.core_fields(head), "float64" if dtype == torch.float64 else level or ""
-        )
+        self._engine = _core.Transformer(config.core_fields(head), "float64" if dtype == torch.float64 else level or "")
         self.params = torch.empty(self._engine.size, dtype=dtype)
         if _initialise:
             initial = torch.empty_like(self.params, dtype=torch.float32)

@@ -37,9 +37,7 @@ class AdamW:
         if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
             raise ValueError(f"betas must lie in [0, 1), but they are {betas}")
         if not (lr >= 0 and eps > 0 and weight_decay >= 0):  # this way round NaN is refused too
-            raise ValueError(
-                f"lr = {lr}, eps = {eps} and weight_decay = {weight_decay} must not be negative (eps: positive)"
-            )
+            raise ValueError(f"lr = {lr}, eps = {eps} and weight_decay = {weight_decay} must not be negative (eps: positive)")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, but it is {max_grad_norm}")
         self.model = model

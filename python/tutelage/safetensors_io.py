@@ -32,9 +32,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
 
 
-def safetensors_chunks(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Iterator[Buffer]:
+def safetensors_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Buffer]:
     """The bytes of a safetensors file, for `files.write_file_atomic` or a checkpoint, a piece at a time.
 
     Widest elements first, then by name, as the safetensors library does it: each tensor is aligned to its
@@ -49,9 +47,7 @@ def safetensors_chunks(
         if name == METADATA:
             raise TypeError(f"no tensor can be named {name!r}: the format uses that name itself")
         if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided:
-            raise TypeError(
-                f"the tensor {name!r} is {tensor.dtype}, {tensor.layout}: a safetensors file cannot hold it"
-            )
+            raise TypeError(f"the tensor {name!r} is {tensor.dtype}, {tensor.layout}: a safetensors file cannot hold it")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],

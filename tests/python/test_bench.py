@@ -319,8 +319,6 @@ def test_unknown_names() -> None:
 
 
 def test_the_configurations_import_no_torch() -> None:
-    code = (
-        "import sys; from tutelage.bench import KernelsConfig; KernelsConfig(); print('torch' in sys.modules)"
-    )
+    code = "import sys; from tutelage.bench import KernelsConfig; KernelsConfig(); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"

@@ -77,9 +77,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:
     expected = {name: tensor.detach() for name, tensor in tensors.items()}
     assert loaded.folder == folder and loaded.step == 3 and loaded.state == {}
     assert_same(loaded.tensors, expected)
-    assert_same(
-        safetensors.torch.load_file(folder / checkpoint.TENSORS), expected
-    )  # the format's own library
+    assert_same(safetensors.torch.load_file(folder / checkpoint.TENSORS), expected)  # the format's own library
     loaded.tensors["transposed"].zero_()  # writable, and nobody else's memory
     assert bits(loaded.tensors["strided"]) == bits(expected["strided"])
 
@@ -102,9 +100,7 @@ def test_every_number_of_the_state_comes_back(tmp_path: Path) -> None:
     back = newest.state
     assert struct.pack(f"<{len(numbers)}d", *back["numbers"]) == struct.pack(f"<{len(numbers)}d", *numbers)
     assert math.isnan(back["nan"])
-    assert {name: back[name] for name in ("seed", "texts", "none")} == {
-        name: state[name] for name in ("seed", "texts", "none")
-    }
+    assert {name: back[name] for name in ("seed", "texts", "none")} == {name: state[name] for name in ("seed", "texts", "none")}
 
 
 def test_equal_states_make_equal_files(tmp_path: Path) -> None:
@@ -207,9 +203,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, count: int) -> None:
     assert unnoticed_flips(save_checkpoint(tmp_path, 1, *training_state()), count) == 0
 
 
-def test_control_without_the_hash_flipped_bits_go_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_without_the_hash_flipped_bits_go_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_checkpoint(tmp_path, 1, *training_state())
 
     def unchecked(path: Path, record: files.FileRecord, buffer: memoryview) -> None:
@@ -226,9 +220,7 @@ def test_damage_offers_the_newest_intact_older_checkpoint(tmp_path: Path) -> Non
         os.truncate(folder / checkpoint.TENSORS, 10)
     offered = f"; an older one is intact: pass --resume {folders[1]}"
     for damaged in folders[2:]:
-        with pytest.raises(
-            DamagedCheckpointError, match=re.escape(f"{damaged}/tensors.safetensors is damaged")
-        ) as caught:
+        with pytest.raises(DamagedCheckpointError, match=re.escape(f"{damaged}/tensors.safetensors is damaged")) as caught:
             load_checkpoint(damaged)
         assert str(caught.value).endswith(offered)
     with pytest.raises(DamagedCheckpointError, match=re.escape(offered)):
@@ -248,8 +240,7 @@ def forge(folder: Path, contents: Mapping[str, bytes]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     listing = {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents.items()
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
@@ -271,9 +262,7 @@ def entry(dtype: object = "F32", shape: object = (4,), offsets: object = (0, 16)
 
 
 def test_control_a_forged_checkpoint_loads(tmp_path: Path) -> None:
-    loaded = load_checkpoint(
-        forge(tmp_path / "forged", {checkpoint.TENSORS: tensor_file(entry()), checkpoint.STATE: STATE})
-    )
+    loaded = load_checkpoint(forge(tmp_path / "forged", {checkpoint.TENSORS: tensor_file(entry()), checkpoint.STATE: STATE}))
     assert_same(loaded.tensors, {"t": torch.zeros(4)})
 
 
@@ -316,10 +305,7 @@ def test_a_hostile_tensor_file_is_refused(tmp_path: Path, content: bytes) -> Non
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["F32", "BF16", "BOOL", "x"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner),
     max_leaves=8,
 )
 sizes = st.lists(st.integers(-1, 20) | st.integers(), max_size=3)
@@ -327,9 +313,7 @@ entries = st.builds(entry, st.sampled_from(["F32", "F64", "BF16", "U8"]), sizes,
 
 
 @given(entry=entries, data=st.binary(max_size=40))
-def test_any_header_loads_or_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, entry: object, data: bytes
-) -> None:
+def test_any_header_loads_or_is_refused(tmp_path_factory: pytest.TempPathFactory, entry: object, data: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "hostile"
     forge(folder, {checkpoint.TENSORS: tensor_file(entry, data), checkpoint.STATE: STATE})
     try:
@@ -347,9 +331,7 @@ def test_a_hostile_state_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"is not a checkpoint: its manifest\.json lists no state\.json"
-    ):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: its manifest\.json lists no state\.json"):
         load_checkpoint(forge(tmp_path / "forged", {"weights": b"x"}))
 
 
@@ -438,9 +420,7 @@ def test_the_format_does_not_change_without_its_number(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_newer_version_is_refused_by_name(
-    tmp_path: Path, name: str, edit: Callable[[bytes], bytes]
-) -> None:
+def test_a_newer_version_is_refused_by_name(tmp_path: Path, name: str, edit: Callable[[bytes], bytes]) -> None:
     contents = golden_contents(GOLDEN / "checkpoint_v1.json")
     contents.pop(files.MANIFEST)
     newer = {**contents, name: edit(contents[name])} if name in contents else contents

@@ -24,9 +24,7 @@ def python(script: str) -> str:
 # --- help ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["--version"], *([*c.split(), "--help"] for c in COMMANDS)]
-)
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], *([*c.split(), "--help"] for c in COMMANDS)])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     printed = python(
         f"""
@@ -45,9 +43,7 @@ print("heavy:", sorted(heavy))
 
 
 def test_the_module_runs_and_lists_every_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tutelage", "--help"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "tutelage", "--help"], capture_output=True, text=True, check=True)
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
 
 
@@ -148,9 +144,7 @@ def bad_rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_bad_row_is_told_in_one_sentence(
-    bad_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_row_is_told_in_one_sentence(bad_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["pretrain", "--data", str(bad_rows), "--output_dir", str(run)]) == 2
     error = capsys.readouterr().err
@@ -163,9 +157,7 @@ def test_a_bad_row_is_told_in_one_sentence(
     assert "none.txt does not exist" in capsys.readouterr().err
 
 
-def test_the_traceback_is_shown_when_asked_for(
-    bad_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_traceback_is_shown_when_asked_for(bad_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTELAGE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="line 2: no field 'text'"):
         main(["tokenizer", "--data", str(bad_rows), "--output_dir", str(tmp_path / "tokenizer")])
@@ -183,9 +175,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
 
-def test_tokenizer_trains_saves_and_refuses_to_overwrite(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokenizer_trains_saves_and_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 20)
     folder, figures = tmp_path / "tokenizer", tmp_path / "figures.json"

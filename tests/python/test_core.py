@@ -36,9 +36,7 @@ def test_every_level_that_runs_here_passes_its_self_check() -> None:
 def active_level_under(isa: str) -> subprocess.CompletedProcess[str]:
     code = "from tutelage import _core; print(_core.active_level())"
     environment = {**os.environ, "TUTELAGE_ISA": isa}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_level_can_be_set() -> None:

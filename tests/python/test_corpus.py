@@ -26,9 +26,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def documents() -> DocumentSet:
-    sources = [
-        Source([{"text": t} for t in part], name=n) for n, part in (("a", TEXTS[:50]), ("b", TEXTS[50:]))
-    ]
+    sources = [Source([{"text": t} for t in part], name=n) for n, part in (("a", TEXTS[:50]), ("b", TEXTS[50:]))]
     return read_documents(sources, 0.1)
 
 
@@ -36,9 +34,7 @@ def cached(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()]
 
 
-def test_the_file_holds_every_document_and_an_end(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_file_holds_every_document_and_an_end(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus = Corpus.build(documents, tokenizer, tmp_path)
     expected = [[*tokenizer.encode(document.text), 0] for document in documents.documents]
     assert corpus.tokens.tolist() == [token for ids in expected for token in ids]
@@ -49,14 +45,10 @@ def test_the_file_holds_every_document_and_an_end(
     for index, report in enumerate(corpus.sources):
         for held_out, tokens in ((False, report.tokens), (True, report.held_out_tokens)):
             members = zip(documents.documents, expected, strict=True)
-            assert tokens == sum(
-                len(ids) for d, ids in members if d.source == index and d.held_out == held_out
-            )
+            assert tokens == sum(len(ids) for d, ids in members if d.source == index and d.held_out == held_out)
 
 
-def test_training_text_comes_back_from_the_bins(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_training_text_comes_back_from_the_bins(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     stream = PackedEpochs(Corpus.build(documents, tokenizer, tmp_path), 512)
     bins, _ = stream.take(Cursor(), len(stream.epoch(0)))
     texts = [tokenizer.decode(piece[1:-1].tolist()) for one in bins for piece in one]
@@ -64,9 +56,7 @@ def test_training_text_comes_back_from_the_bins(
 
 
 @pytest.mark.parametrize("context", [2, 9, 4096])
-def test_held_out_tokens_are_predicted_once(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path, context: int
-) -> None:
+def test_held_out_tokens_are_predicted_once(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path, context: int) -> None:
     held_out = Corpus.build(documents, tokenizer, tmp_path).held_out()
     assert [h.name for h in held_out] == ["a", "b"]
     for index, source in enumerate(held_out):
@@ -79,9 +69,7 @@ def test_held_out_tokens_are_predicted_once(
         assert predicted == [token for text in texts for token in [*tokenizer.encode(text), 0]]
 
 
-def test_bits_per_byte_of_a_uniform_model(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_bits_per_byte_of_a_uniform_model(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus = Corpus.build(documents, tokenizer, tmp_path)
     source, report = corpus.held_out()[0], corpus.sources[0]
     nats = sum((len(s) - 1) * math.log(300) for s in source.sequences(16))
@@ -90,9 +78,7 @@ def test_bits_per_byte_of_a_uniform_model(
     assert bits_per_byte(nats, source.bytes) == pytest.approx(expected)
 
 
-def test_tokenised_once(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenised_once(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Corpus.build(documents, tokenizer, tmp_path)
 
     def never(*_: object) -> list[list[int]]:
@@ -106,9 +92,7 @@ def test_tokenised_once(
         Corpus.build(read_documents([Source([{"text": "other"}])]), tokenizer, tmp_path)
 
 
-def test_the_cache_knows_documents_and_tokenizer_apart(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_cache_knows_documents_and_tokenizer_apart(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     sources = [Source([{"text": text} for text in TEXTS[:50]])]
     builds = [
         Corpus.build(documents, tokenizer, tmp_path),
@@ -122,9 +106,7 @@ def test_the_cache_knows_documents_and_tokenizer_apart(
     assert len({build.fingerprint for build in builds}) == 4
 
 
-def test_two_builds_write_the_same_bytes(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_two_builds_write_the_same_bytes(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     written = []
     for name in ("one", "two"):
         Corpus.build(documents, tokenizer, tmp_path / name)
@@ -134,9 +116,7 @@ def test_two_builds_write_the_same_bytes(
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "lengths.bin", "manifest.json"])
-def test_a_damaged_cache_is_refused_and_named(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path, file: str
-) -> None:
+def test_a_damaged_cache_is_refused_and_named(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path, file: str) -> None:
     Corpus.build(documents, tokenizer, tmp_path)
     (folder,) = cached(tmp_path)
     data = bytearray((folder / file).read_bytes())
@@ -169,9 +149,7 @@ def test_an_interrupted_build_is_made_again(
     assert len(cached(tmp_path / "cut")) == 1
 
 
-def test_two_processes_do_not_write_one_cache(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_two_processes_do_not_write_one_cache(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with (
         files.lock_folder(tmp_path),
         pytest.raises(files.RunFolderError, match=f"in use by process {os.getpid()}"),
@@ -180,9 +158,7 @@ def test_two_processes_do_not_write_one_cache(
     Corpus.build(documents, tokenizer, tmp_path)
 
 
-def test_long_documents_are_encoded_in_parts(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_documents_are_encoded_in_parts(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "_PART", 10)
     monkeypatch.setattr(corpus_module, "_BATCH", 25)
     texts = [
@@ -195,9 +171,7 @@ def test_long_documents_are_encoded_in_parts(
     documents = read_documents([Source([{"text": text} for text in texts])], 0)
     corpus = Corpus.build(documents, tokenizer, tmp_path)
     ends = np.cumsum(corpus.lengths)
-    decoded = [
-        tokenizer.decode(corpus.tokens[e - n : e].tolist()) for n, e in zip(corpus.lengths, ends, strict=True)
-    ]
+    decoded = [tokenizer.decode(corpus.tokens[e - n : e].tolist()) for n, e in zip(corpus.lengths, ends, strict=True)]
     assert decoded == [text + "<|endoftext|>" for text in texts]
     assert corpus_module._parts("a line\nand another") == ["a line\n", "and another"[:10], "r"]
 
@@ -218,9 +192,7 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path, tokenizer: Tokenizer) -
     assert bins[0][0] == 301  # a bos token starts every sequence where there is one
 
 
-def test_a_tokenizer_without_an_end_is_refused(
-    documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_tokenizer_without_an_end_is_refused(documents: DocumentSet, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.contents["tokenizer.json"])
     with pytest.raises(ValueError, match="the tokenizer names no end of text: set eos_token"):
         Corpus.build(documents, Tokenizer.from_pretrained(tmp_path), tmp_path / "cache")

@@ -43,15 +43,11 @@ def test_every_text_once_and_on_one_side(first: list[str], second: list[str], fr
     texts = [document.text for document in documents.documents]
     assert sorted(texts) == sorted(kept)
     for report, given_texts in zip(documents.sources, (first, second), strict=True):
-        assert report.documents + report.held_out_documents + report.duplicates + report.empty == len(
-            given_texts
-        )
+        assert report.documents + report.held_out_documents + report.duplicates + report.empty == len(given_texts)
         assert report.empty == sum(not text.strip() for text in given_texts)
     sizes = [sum(len(d.text.encode()) for d in documents.documents if d.source == i) for i in (0, 1)]
     assert [report.bytes + report.held_out_bytes for report in documents.sources] == sizes
-    assert sorted(documents.training_texts()) == sorted(
-        t for t, held_out in split(documents).items() if not held_out
-    )
+    assert sorted(documents.training_texts()) == sorted(t for t, held_out in split(documents).items() if not held_out)
 
 
 @settings(max_examples=50, deadline=None)
@@ -123,9 +119,7 @@ def test_a_single_document_stays_whole_where_it_cannot_be_cut_or_nothing_is_held
 
 
 def test_parts_of_a_cut_document_are_on_one_side_only() -> None:
-    documents = read_documents(
-        [Source(rows(["aaaa\nbbbb", "aaaa\n", "zz"])), Source(rows(["aaaa\nbbbb\ncccc"]))], 0.4
-    )
+    documents = read_documents([Source(rows(["aaaa\nbbbb", "aaaa\n", "zz"])), Source(rows(["aaaa\nbbbb\ncccc"]))], 0.4)
     texts = [document.text for document in documents.documents]
     assert len(set(texts)) == len(texts)
 
@@ -154,9 +148,7 @@ def test_a_folder_of_every_kind_of_file(tmp_path: Path) -> None:
     texts = ["line\u2028one", "two", "three", "four", "five", "six", "with a mark\r\n"]
     assert [document.text for document in documents.documents] == texts
     assert documents.sources[0].ignored_files == 2
-    again = read_documents(
-        [Source(name) for name in sorted(tmp_path.iterdir()) if not name.name.startswith((".", "n"))], 0
-    )
+    again = read_documents([Source(name) for name in sorted(tmp_path.iterdir()) if not name.name.startswith((".", "n"))], 0)
     assert [document.text for document in again.documents] == texts
 
 
@@ -231,12 +223,8 @@ def test_forty_bad_rows_are_skipped_and_reported_up_to_the_limit(tmp_path: Path)
     documents = read_documents([str(first), str(second)], on_bad_row="skip:40")
     for file, report in zip((first, second), documents.sources, strict=True):
         assert report.documents + report.held_out_documents == 20
-        assert [reason.split(": ")[0] for reason in report.bad_rows] == [
-            f"{file}, line {n}" for n in range(2, 41, 2)
-        ]
-    with pytest.raises(
-        ValueError, match=r"b\.jsonl, line 40: .*bad row 40, more than on_bad_row='skip:39' allows"
-    ):
+        assert [reason.split(": ")[0] for reason in report.bad_rows] == [f"{file}, line {n}" for n in range(2, 41, 2)]
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 40: .*bad row 40, more than on_bad_row='skip:39' allows"):
         read_documents([str(first), str(second)], on_bad_row="skip:39")
 
 
@@ -288,9 +276,7 @@ def _file(name: str, content: bytes = b"x") -> Callable[[Path], str]:
         (_file("a.jsonl", b""), ValueError, r"a\.jsonl adds no documents \(0 read"),
     ],
 )
-def test_sources_that_cannot_be_read(
-    tmp_path: Path, make: Callable[[Path], str], error: type[Exception], message: str
-) -> None:
+def test_sources_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_documents([make(tmp_path)])
 
@@ -310,9 +296,7 @@ def test_a_parquet_file_without_text(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # what Python does where it is missing
-    with pytest.raises(
-        ImportError, match=r"a\.parquet: reading \.parquet needs pyarrow: pip install 'tutelage\[hub\]'"
-    ):
+    with pytest.raises(ImportError, match=r"a\.parquet: reading \.parquet needs pyarrow: pip install 'tutelage\[hub\]'"):
         read_documents([str(tmp_path / "a.parquet")])
 
 

@@ -75,10 +75,7 @@ def described(log: list[Operation], root: Path) -> list[str]:
     def short(path: Path) -> str:
         return str(path.relative_to(root))
 
-    return [
-        f"{step.name} {short(step.path)}" + (f" -> {short(step.target)}" if step.target else "")
-        for step in log
-    ]
+    return [f"{step.name} {short(step.path)}" + (f" -> {short(step.target)}" if step.target else "") for step in log]
 
 
 def test_a_save_follows_the_protocol(tmp_path: Path) -> None:
@@ -308,9 +305,7 @@ def without_fsync(skipped: Callable[[Path], bool]) -> Callable[..., Disk]:
         pytest.param(lambda path: path.name == "run", id="the run folder"),
     ],
 )
-def test_control_power_loss_finds_each_fsync_left_out(
-    tmp_path: Path, skipped: Callable[[Path], bool]
-) -> None:
+def test_control_power_loss_finds_each_fsync_left_out(tmp_path: Path, skipped: Callable[[Path], bool]) -> None:
     assert any(violations_of_saves(tmp_path, without_fsync(skipped), seeds=6))
 
 
@@ -440,9 +435,7 @@ def test_there_are_at_least_twelve_kinds_of_leftovers() -> None:
     assert len(LEFTOVERS) >= 12
 
 
-def test_control_leftovers_without_the_clean_up_stay(
-    run_of_two: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_leftovers_without_the_clean_up_stay(run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_remove_leftovers", lambda folder, disk: None)
     plant_later_not_renamed(run_of_two / files.CHECKPOINTS)
     save(run_of_two, 3)
@@ -545,10 +538,7 @@ def test_a_full_disk_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     path.symlink_to("/dev/full")
     with pytest.raises(FileError) as caught:
         files.append_json_line(path, {"step": 1})
-    assert (
-        str(caught.value)
-        == f"cannot append {path}: No space left on device (free some space on this file system)"
-    )
+    assert str(caught.value) == f"cannot append {path}: No space left on device (free some space on this file system)"
 
 
 LIMITED = """
@@ -703,9 +693,7 @@ def edit_manifest(checkpoint: Path, edit: Callable[[dict[str, object]], object])
         ),
     ],
 )
-def test_damage_is_refused_and_the_file_named(
-    tmp_path: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_damage_is_refused_and_the_file_named(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     checkpoint = save(tmp_path, 1)
     verify_folder(checkpoint)
     damage(checkpoint)
@@ -802,10 +790,7 @@ def test_of_eight_starters_one_wins_and_kill_frees_the_lock(tmp_path: Path) -> N
         with starters(run, 8, "locked") as outcomes:
             winners = [process for process, line in outcomes if line == "won"]
             assert len(winners) == 1
-            refusal = (
-                f"{run} is in use by process {winners[0].pid} on {socket.gethostname()}: "
-                "wait for it to end, or stop it"
-            )
+            refusal = f"{run} is in use by process {winners[0].pid} on {socket.gethostname()}: wait for it to end, or stop it"
             assert [line for _, line in outcomes if line != "won"] == [refusal] * 7
             winners[0].send_signal(signal.SIGKILL)
             winners[0].wait()

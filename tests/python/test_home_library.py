@@ -44,9 +44,7 @@ def test_equal_in_every_process(rows: list[dict[str, str]]) -> None:
         "print(hashlib.sha256(repr(home_library()).encode()).hexdigest())"
     )
     environment = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == hashlib.sha256(repr(rows).encode()).hexdigest()
 
 

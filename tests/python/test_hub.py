@@ -77,9 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], ModelConfig]] = {
     "qwen2": (
         "Qwen2",
         {**SIZES, "tie_word_embeddings": True},
-        ModelConfig(
-            **SIZES, attention_bias=True, attention_out_bias=False, tie_word_embeddings=True, norm_eps=1e-6
-        ),
+        ModelConfig(**SIZES, attention_bias=True, attention_out_bias=False, tie_word_embeddings=True, norm_eps=1e-6),
     ),
     "qwen2 with a window": (
         "Qwen2",
@@ -109,9 +107,7 @@ def transformers_model(name: str, head: str = "lm") -> Any:
         "scalar": "ForSequenceClassification",
     }[head]
     labels = {} if head == "lm" else {"num_labels": 1}
-    config = getattr(transformers, f"{kind}Config")(
-        **copy.deepcopy(options), **labels, bos_token_id=None, eos_token_id=None
-    )
+    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(options), **labels, bos_token_id=None, eos_token_id=None)
     return getattr(transformers, kind + ending)(config)
 
 
@@ -196,9 +192,7 @@ def test_reads_what_transformers_writes(saved: Any, name: str, head: str) -> Non
         ("qwen2 with a window", {"layer_types": None}),
     ],
 )
-def test_reads_the_layout_of_transformers_4(
-    tmp_path: Path, saved: Any, name: str, layout: dict[str, Any]
-) -> None:
+def test_reads_the_layout_of_transformers_4(tmp_path: Path, saved: Any, name: str, layout: dict[str, Any]) -> None:
     folder = shutil.copytree(saved(name)[0], tmp_path / "model")
     document = json.loads((folder / CONFIG).read_text())
     for field in ("rope_parameters", "layer_types"):
@@ -259,9 +253,7 @@ def test_prefixes_buffers_and_other_heads(tmp_path: Path, saved: Any) -> None:
 def test_a_head_that_differs_from_its_embedding_is_not_tied(llama: Any) -> None:
     folder, state = llama
     backbone = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    message = (
-        "lm_head.weight differs from model.embed_tokens.weight, but config.json has tie_word_embeddings true"
-    )
+    message = "lm_head.weight differs from model.embed_tokens.weight, but config.json has tie_word_embeddings true"
     refused_tensors(folder, backbone, message, tied=True)
     assert_same(dict(read_tensors(folder, shapes(backbone))), backbone)
 
@@ -410,9 +402,7 @@ def test_config_refused(llama: Any, changes: dict[str, Any], message: str) -> No
         ("gpt2", {"n_positions": 10**9}, "more than fit into"),
     ],
 )
-def test_config_of_others_refused(
-    tmp_path: Path, saved: Any, name: str, changes: dict[str, Any], message: str
-) -> None:
+def test_config_of_others_refused(tmp_path: Path, saved: Any, name: str, changes: dict[str, Any], message: str) -> None:
     folder = Path(shutil.copytree(saved(name)[0], tmp_path / "model"))
     edit(folder, **changes)
     refused(folder, message)
@@ -459,9 +449,7 @@ def test_tensors_refused(llama: Any) -> None:
     rewritten(dict.fromkeys(list(state)[:7]), "and 2 more")
     rewritten({"model.extra": torch.ones(2)}, "the model of its config.json has not, the tensors model.extra")
     rewritten({norm: torch.ones(33)}, f"{norm} must have shape [32], but it has [33]")
-    rewritten(
-        {norm: torch.ones(32, dtype=torch.int8)}, f"{norm} is I8, but only F64, F32, F16, BF16 are read"
-    )
+    rewritten({norm: torch.ones(32, dtype=torch.int8)}, f"{norm} is I8, but only F64, F32, F16, BF16 are read")
     rewritten({norm: torch.ones(32).to(torch.float8_e4m3fn)}, f"{norm} is F8_E4M3, but only")
     rewritten({"norm.weight": torch.ones(32)}, "is in model.safetensors too")
 
@@ -511,9 +499,7 @@ NASTY = st.one_of(
     st.sampled_from([0, -1, 1, 8, 2**31, 2**63, 2**64, 10**400, 1e400, -1e400, math.nan, 1e-320, 0.5]),
     st.integers(),
     st.floats(),
-    st.sampled_from(
-        ["", "silu", "default", "linear", "llama3", "F32", "sliding_attention", "GPT2Model", "../x"]
-    ),
+    st.sampled_from(["", "silu", "default", "linear", "llama3", "F32", "sliding_attention", "GPT2Model", "../x"]),
     st.text(max_size=8),
     st.lists(st.integers(-1, 9) | st.text(max_size=3), max_size=3),
     st.dictionaries(
@@ -589,9 +575,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
                 changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
             case 1:
                 at = rng.randrange(len(changed))
-                changed[at : at + rng.randrange(4)] = rng.choice(
-                    [b"9", b"-", b'"', b"{", b"]", b"\0", b"1e99"]
-                )
+                changed[at : at + rng.randrange(4)] = rng.choice([b"9", b"-", b'"', b"{", b"]", b"\0", b"1e99"])
             case 2:
                 del changed[rng.randrange(len(changed)) + 1 :]
             case _:
@@ -636,9 +620,7 @@ def test_transformers_reads_what_is_written(tmp_path: Path, saved: Any, name: st
     _, state = saved(name, head)
     config = MODELS[name][2]
     write_folder(tmp_path / "out", config, head, iter(state.items()), eos_token_ids=[7], bos_token_id=3)
-    auto = (
-        transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
-    )
+    auto = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
     model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert type(model).__name__.startswith(MODELS[name][0]) and model.dtype == torch.float32
@@ -769,9 +751,7 @@ def test_an_interrupted_write_mixes_no_models(tmp_path: Path, monkeypatch: pytes
     assert outcomes_of_interrupted_writes(tmp_path / "model") == {*whole, "nothing"}
     # Control: with the old config.json left in place, a folder holds the old config and the new weights.
     remove = files.remove
-    monkeypatch.setattr(
-        files, "remove", lambda path, disk=files.DISK: None if path.name == CONFIG else remove(path, disk)
-    )
+    monkeypatch.setattr(files, "remove", lambda path, disk=files.DISK: None if path.name == CONFIG else remove(path, disk))
     mixed = outcomes_of_interrupted_writes(tmp_path / "control")
     assert "config 10000, weights 2" in mixed
 

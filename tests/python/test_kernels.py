@@ -19,9 +19,7 @@ few = settings(max_examples=12)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
-    ).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
 
 
 def i32(*values: int) -> Tensor:
@@ -47,15 +45,11 @@ def attention_reference(
         scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) * scale
         i, j = torch.arange(b - a)[:, None], torch.arange(b - a)
         hidden = (j > i) & causal | (j <= i - (window or b - a))
-        outputs.append(
-            torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -math.inf).softmax(-1), v[a:b])
-        )
+        outputs.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -math.inf).softmax(-1), v[a:b]))
     return torch.cat(outputs)
 
 
-def logprob_reference(
-    x: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def logprob_reference(x: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logp = (x @ weight.T / temperature).log_softmax(-1)
     return logp.gather(1, targets.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
@@ -132,9 +126,7 @@ CASES = {
         lambda x, w, r: (rms_reference(x + r, w), x + r),
         ((3, 21), (21,), (3, 21)),
     ),
-    "layer_norm": Case(
-        kernels.layer_norm, lambda x, w, b: F.layer_norm(x, (21,), w, b), ((3, 21), (21,), (21,))
-    ),
+    "layer_norm": Case(kernels.layer_norm, lambda x, w, b: F.layer_norm(x, (21,), w, b), ((3, 21), (21,), (21,))),
     "layer_norm, residual": Case(
         lambda x, w, b, r: kernels.layer_norm(x, w, b, residual=r),
         lambda x, w, b, r: (F.layer_norm(x + r, (21,), w, b), x + r),
@@ -147,9 +139,7 @@ CASES = {
     "embedding": Case(lambda t: kernels.embedding(IDS, t), lambda t: t[IDS.long()], ((9, 21),)),
     "total": Case(kernels.total, torch.sum, ((3, 7),)),
     "total, mask": Case(lambda x: kernels.total(x, MASK), lambda x: x[MASK].sum(), ((19,),)),
-    "total, sequences": Case(
-        lambda x: kernels.total(x, MASK, CU), lambda x: sums_reference(x, MASK, CU), ((19,),)
-    ),
+    "total, sequences": Case(lambda x: kernels.total(x, MASK, CU), lambda x: sums_reference(x, MASK, CU), ((19,),)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -174,9 +164,7 @@ def assert_close(ours: list[Tensor], reference: list[Tensor]) -> None:
     assert len(ours) == len(reference)
     for a, b in zip(ours, reference, strict=True):
         assert a.shape == b.shape
-        tolerance = (1e-5 if a.dtype == torch.float32 else 1e-12) * max(
-            1.0, float(b.abs().max()) if b.numel() else 0.0
-        )
+        tolerance = (1e-5 if a.dtype == torch.float32 else 1e-12) * max(1.0, float(b.abs().max()) if b.numel() else 0.0)
         assert (a.double() - b.double()).abs().le(tolerance).all()  # NaN fails too
 
 
@@ -218,9 +206,7 @@ def test_gradcheck(case: Case) -> None:
 )
 def test_matmul_of_any_size(m: int, n: int, k: int, bias: bool) -> None:
     inputs = [randn(m, k, dtype=torch.float32), randn(n, k, seed=1, dtype=torch.float32)]
-    inputs = [
-        x.requires_grad_() for x in [*inputs, randn(n, seed=2, dtype=torch.float32)][: 3 if bias else 2]
-    ]
+    inputs = [x.requires_grad_() for x in [*inputs, randn(n, seed=2, dtype=torch.float32)][: 3 if bias else 2]]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     assert_close(outputs_and_gradients(kernels.matmul, inputs), outputs_and_gradients(F.linear, exact))
 
@@ -234,9 +220,7 @@ def test_matmul_of_any_size(m: int, n: int, k: int, bias: bool) -> None:
     window=st.sampled_from([None, 1, 5, 128]),
     threads=st.sampled_from([1, 2]),
 )
-def test_attention_of_any_size(
-    lengths: list[int], kv_heads: int, group: int, d: int, window: int | None, threads: int
-) -> None:
+def test_attention_of_any_size(lengths: list[int], kv_heads: int, group: int, d: int, window: int | None, threads: int) -> None:
     torch.set_num_threads(threads)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     n = int(cu[-1])
@@ -244,9 +228,7 @@ def test_attention_of_any_size(
     inputs = [randn(*shape, seed=i, dtype=torch.float32).requires_grad_() for i, shape in enumerate(shapes)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     ours = outputs_and_gradients(lambda q, k, v: kernels.flash_attention(q, k, v, cu, window=window), inputs)
-    assert_close(
-        ours, outputs_and_gradients(lambda q, k, v: attention_reference(q, k, v, cu, window=window), exact)
-    )
+    assert_close(ours, outputs_and_gradients(lambda q, k, v: attention_reference(q, k, v, cu, window=window), exact))
 
 
 @few
@@ -257,9 +239,7 @@ def test_attention_of_any_size(
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
     budget=st.sampled_from([0, kernels.LOGITS_BUDGET]),
 )
-def test_linear_logprob_of_any_size(
-    rows: int, hidden: int, vocab: int, temperature: float, budget: int
-) -> None:
+def test_linear_logprob_of_any_size(rows: int, hidden: int, vocab: int, temperature: float, budget: int) -> None:
     x, w = (
         randn(rows, hidden, dtype=torch.float32),
         randn(vocab, hidden, seed=1, dtype=torch.float32) / hidden**0.5,
@@ -270,9 +250,7 @@ def test_linear_logprob_of_any_size(
         lambda a, b: kernels.linear_logprob(a, b, targets, temperature, budget),
         [x.requires_grad_(), w.requires_grad_()],
     )
-    assert_close(
-        ours, outputs_and_gradients(lambda a, b: logprob_reference(a, b, targets, temperature), exact)
-    )
+    assert_close(ours, outputs_and_gradients(lambda a, b: logprob_reference(a, b, targets, temperature), exact))
 
 
 @few
@@ -405,11 +383,7 @@ def test_neighbours_full_of_nan_change_nothing() -> None:
     )
     spoilt[0] = clean[0].detach().clone()
     spoilt[0][20] = math.nan  # the control: its own NaN does arrive
-    assert (
-        kernels.flash_attention(*(x.detach() for x in (spoilt[0], *clean[1:])), i32(0, 13, 143, 150))[20]
-        .isnan()
-        .all()
-    )
+    assert kernels.flash_attention(*(x.detach() for x in (spoilt[0], *clean[1:])), i32(0, 13, 143, 150))[20].isnan().all()
 
 
 def test_total_ignores_nan_outside_its_mask() -> None:
@@ -498,9 +472,7 @@ def test_any_strides_give_the_bits_of_contiguous_tensors() -> None:
 def test_integers_may_be_int64() -> None:
     table, q = randn(9, 4), randn(3, 2, 8)
     assert torch.equal(kernels.embedding(IDS.long(), table), kernels.embedding(IDS, table))
-    assert torch.equal(
-        kernels.flash_attention(q, q, q, torch.tensor([0, 3])), kernels.flash_attention(q, q, q, i32(0, 3))
-    )
+    assert torch.equal(kernels.flash_attention(q, q, q, torch.tensor([0, 3])), kernels.flash_attention(q, q, q, i32(0, 3)))
 
 
 @pytest.mark.parametrize(
@@ -751,9 +723,7 @@ def test_errors_of_the_core(options: dict[str, Any], message: str) -> None:
 
 
 def test_the_core_does_not_copy_what_is_not_contiguous() -> None:
-    with pytest.raises(
-        ValueError, match=r"^argument 'b' must be contiguous; call \.contiguous\(\) on it first$"
-    ):
+    with pytest.raises(ValueError, match=r"^argument 'b' must be contiguous; call \.contiguous\(\) on it first$"):
         _core.matmul(f32(2, 4), f32(3, 4).T, f32(2, 3), threads=1)
 
 
@@ -772,9 +742,7 @@ def test_adamw_agrees_with_torch(dtype: torch.dtype) -> None:
     assert_close([p], [reference.detach()])
     with pytest.raises(ValueError, match=r"^step counts from 1, but it is 0$"):
         _core.adamw(p, g, exp_avg, exp_avg_sq, step=0, threads=2, **options)
-    with pytest.raises(
-        ValueError, match=r"^betas must be at least 0 and below 1, but they are 1\.0+ and 0\.95"
-    ):
+    with pytest.raises(ValueError, match=r"^betas must be at least 0 and below 1, but they are 1\.0+ and 0\.95"):
         _core.adamw(p, g, exp_avg, exp_avg_sq, step=1, threads=2, **{**options, "betas": (1.0, 0.95)})
 
 

@@ -20,9 +20,7 @@ def corpus(lengths: list[int], weights: list[float] | None = None, held_out: int
     weights = weights or [1.0]
     tokens = np.arange(2, 2 + sum(lengths), dtype=np.uint32)
     tokens[np.cumsum(lengths) - 1] = END
-    documents = tuple(
-        Document(str(i), i % len(weights), i >= len(lengths) - held_out) for i in range(len(lengths))
-    )
+    documents = tuple(Document(str(i), i % len(weights), i >= len(lengths) - held_out) for i in range(len(lengths)))
     reports = tuple(SourceReport(f"s{i}", w, 0, 0, 0, 0, 0, 0, (), 0, False) for i, w in enumerate(weights))
     return Corpus(tokens, np.array(lengths), DocumentSet(documents, reports), START, "f" * 64)
 
@@ -59,16 +57,12 @@ def test_every_token_is_predicted_once(lengths: list[int], context: int, seed: i
 def test_held_out_documents_are_never_taken() -> None:
     lengths = [5, 7, 30, 4, 9]
     data = corpus(lengths, held_out=2)
-    seen = {
-        t for e in range(5) for one in one_epoch(PackedEpochs(data, 8), e) for p in one for t in p.tolist()
-    }
+    seen = {t for e in range(5) for one in one_epoch(PackedEpochs(data, 8), e) for p in one for t in p.tolist()}
     assert seen == {START, *data.tokens[: 5 + 7 + 30].tolist()}
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    lengths=LENGTHS, context=st.integers(2, 20), steps=st.lists(st.integers(1, 9), min_size=1, max_size=12)
-)
+@given(lengths=LENGTHS, context=st.integers(2, 20), steps=st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_the_cursor_alone_resumes(lengths: list[int], context: int, steps: list[int]) -> None:
     data = corpus(lengths)
     straight, _ = PackedEpochs(data, context, 3).take(Cursor(), sum(steps))
@@ -128,9 +122,7 @@ def test_bins_are_nearly_full() -> None:
 
 def documents_seen(data: Corpus, stream: PackedEpochs, epoch: int) -> Counter[int]:
     starts = {int(t): i for i, t in enumerate(data.tokens[np.cumsum(data.lengths) - data.lengths])}
-    return Counter(
-        starts[int(piece[1])] for one in one_epoch(stream, epoch) for piece in one if int(piece[1]) in starts
-    )
+    return Counter(starts[int(piece[1])] for one in one_epoch(stream, epoch) for piece in one if int(piece[1]) in starts)
 
 
 def test_a_weight_is_how_often_an_epoch_sees_a_source() -> None:
@@ -179,9 +171,7 @@ def test_what_cannot_be_taken() -> None:
     size = len(stream.epoch(0))
     assert stream.take(Cursor(0, size), 1)[1].epoch >= 1
     for cursor in (Cursor(0, size + 1), Cursor(-1, 0), Cursor(0, -1)):
-        with pytest.raises(
-            ValueError, match="is outside of this data: it belongs to other data or another context"
-        ):
+        with pytest.raises(ValueError, match="is outside of this data: it belongs to other data or another context"):
             stream.take(cursor, 1)
     with pytest.raises(ValueError, match="count is 0: it must be at least 1"):
         stream.take(Cursor(), 0)

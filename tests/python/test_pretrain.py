@@ -116,33 +116,25 @@ def resume(children: Forker, data: Path, folder: Path, **others: Any) -> str:
     return digest(folder)
 
 
-def test_a_kill_at_named_points_changes_no_bit(
-    children: Forker, data: Path, whole: Whole, tmp_path: Path
-) -> None:
+def test_a_kill_at_named_points_changes_no_bit(children: Forker, data: Path, whole: Whole, tmp_path: Path) -> None:
     for number, point in enumerate(random.Random(1).sample(range(1, whole.points + 1), 2)):
         assert kill_and_resume(children, data, tmp_path / str(number), {"point": point}) == whole.digest
 
 
-def test_a_kill_between_disk_operations_changes_no_bit(
-    children: Forker, data: Path, whole: Whole, tmp_path: Path
-) -> None:
+def test_a_kill_between_disk_operations_changes_no_bit(children: Forker, data: Path, whole: Whole, tmp_path: Path) -> None:
     for number, operation in enumerate(random.Random(2).sample(range(1, whole.operations + 1), 2)):
         killed = kill_and_resume(children, data, tmp_path / str(number), {"operation": operation})
         assert killed == whole.digest
 
 
-def killed_at_a_random_time(
-    children: Forker, data: Path, folder: Path, seconds: float, moments: random.Random
-) -> int:
+def killed_at_a_random_time(children: Forker, data: Path, folder: Path, seconds: float, moments: random.Random) -> int:
     child = children.start("children:pretrain", config=fields(data, folder, resume="auto"))
     time.sleep(moments.uniform(0.0, seconds))  # the instant is the random variable of this test
     os.kill(child.pid, signal.SIGKILL)
     return child.wait()
 
 
-def test_several_kills_at_random_times_change_no_bit(
-    children: Forker, data: Path, whole: Whole, tmp_path: Path
-) -> None:
+def test_several_kills_at_random_times_change_no_bit(children: Forker, data: Path, whole: Whole, tmp_path: Path) -> None:
     moments = random.Random(3)
     for _ in range(2):
         killed_at_a_random_time(children, data, tmp_path / "run", whole.seconds, moments)
@@ -175,9 +167,7 @@ def test_a_resume_that_forgets_where_the_data_was_ends_elsewhere(
     assert killed != whole.digest
 
 
-def test_a_resume_with_other_threads_changes_no_bit(
-    children: Forker, data: Path, whole: Whole, tmp_path: Path
-) -> None:
+def test_a_resume_with_other_threads_changes_no_bit(children: Forker, data: Path, whole: Whole, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     half = {"point": whole.points // 2}
     assert kill_and_resume(children, data, folder, half, threads=2) == whole.digest
@@ -191,9 +181,7 @@ def test_a_signal_lets_the_step_finish_and_save(
     children: Forker, data: Path, whole: Whole, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    status, output = children.run(
-        "children:command", config=fields(data, folder), name="updated", point=3, number=number
-    )
+    status, output = children.run("children:command", config=fields(data, folder), name="updated", point=3, number=number)
     assert status == 128 + number
     assert f"stopped by {number.name} after step 3, which is saved" in output
     assert "the same command with --resume auto" in output
@@ -236,9 +224,7 @@ def test_training_twice_gives_equal_files(data: Path, whole: Whole, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_it_learns_and_leaves_everything_behind(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_learns_and_leaves_everything_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "out" / "figures.json"
     run = tmp_path / "run"
     result = pretrain(config(data, run, max_steps=40, eval_steps=20, plot=True, json=str(figures)))
@@ -278,9 +264,7 @@ def test_a_given_tokenizer_and_two_weighted_sources(data: Path, tmp_path: Path) 
     book = tmp_path / "book.txt"
     book.write_text("A whole book.\n" * 50)
     sources = [f"{data}:2", str(book)]
-    given = config(
-        data, tmp_path / "second", data=sources, tokenizer=str(first.folder), vocab_size=0, max_steps=1
-    )
+    given = config(data, tmp_path / "second", data=sources, tokenizer=str(first.folder), vocab_size=0, max_steps=1)
     result = pretrain(given)
     assert set(result.bits_per_byte) == {str(data), str(book), "all"}
     tokenizers = [run / "model" / "tokenizer.json" for run in (tmp_path / "first", tmp_path / "second")]

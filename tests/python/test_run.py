@@ -26,9 +26,7 @@ from tutelage.train import picture
 from tutelage.train.configs import RunConfig
 from tutelage.train.run import Interrupted, NonFiniteError, Run, open_run, schedule
 
-CONFIG = ModelConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-)
+CONFIG = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +42,7 @@ class Loop:
     """The smallest loop: one batch, over and over."""
 
     model: Model = dataclasses.field(default_factory=lambda: Model(CONFIG))
-    batch: PackedBatch = dataclasses.field(
-        default_factory=lambda: pack([[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11, 12]])
-    )
+    batch: PackedBatch = dataclasses.field(default_factory=lambda: pack([[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11, 12]]))
     max_tokens: int = 5
 
     def __post_init__(self) -> None:
@@ -216,9 +212,7 @@ class _InfiniteGradient(torch.autograd.Function):
         ("overflow", r"step 1: the loss is .*; .* Sequences 0, 1, 2 of the step have log-probs that are not"),
     ],
 )
-def test_a_number_that_is_not_finite_stops_before_the_update(
-    tmp_path: Path, stage: str, message: str
-) -> None:
+def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, stage: str, message: str) -> None:
     loop = Loop(max_tokens=12)
     with torch.no_grad():
         if stage == "weight":
@@ -272,9 +266,7 @@ def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
 # --- reports ------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_is_refused_clearly_where_it_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_is_refused_clearly_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with (
         pytest.raises(ImportError, match=r"needs the tensorboard package: pip install 'tutelage\[log\]'"),

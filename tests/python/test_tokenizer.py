@@ -73,9 +73,7 @@ def test_training_is_deterministic_for_any_number_of_threads(tokenizer: Tokenize
     for threads, seed in (("1", "0"), ("2", "1")):
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": seed}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        run = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
         prints.add(run.stdout)
     assert len(prints) == 1
     assert train_tokenizer(iter(TEXTS), 300).contents == tokenizer.contents
@@ -192,9 +190,7 @@ def test_where_special_ids_come_from(
         ({"special_tokens_map": [1]}, "special_tokens_map.json must hold a JSON object, not list"),
     ],
 )
-def test_special_ids_that_cannot_be(
-    tokenizer: Tokenizer, tmp_path: Path, configs: dict[str, object], message: str
-) -> None:
+def test_special_ids_that_cannot_be(tokenizer: Tokenizer, tmp_path: Path, configs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_pretrained(_folder(tokenizer, tmp_path, **configs))
 
@@ -216,9 +212,7 @@ def test_damaged_files_give_an_error_or_a_tokenizer(
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
     start = data.draw(st.integers(0, len(original) - 1))
-    damaged = (
-        original[:start] + data.draw(st.binary(max_size=4)) + original[start + data.draw(st.integers(0, 9)) :]
-    )
+    damaged = original[:start] + data.draw(st.binary(max_size=4)) + original[start + data.draw(st.integers(0, 9)) :]
     (folder / "tokenizer.json").write_bytes(damaged)
     try:
         read = Tokenizer.from_pretrained(folder)

@@ -108,9 +108,7 @@ def scores_of(model: Any, temperature: float) -> tuple[torch.Tensor, torch.Tenso
 
 def values_of(model: Any) -> torch.Tensor:
     """The classifier's value after every token; transformers itself gives only the last token's."""
-    return torch.cat(
-        [model.score(model.base_model(tokens[None]).last_hidden_state[0])[:, 0] for tokens in sequences()]
-    )
+    return torch.cat([model.score(model.base_model(tokens[None]).last_hidden_state[0])[:, 0] for tokens in sequences()])
 
 
 def assert_gradients(model: tl.Model, theirs: Any) -> None:
@@ -133,9 +131,7 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Any, Path]:
 
 
 def every(head: Head) -> Any:
-    return pytest.mark.parametrize(
-        "saved", [(name, head) for name in MODELS], indirect=True, ids=list(MODELS)
-    )
+    return pytest.mark.parametrize("saved", [(name, head) for name in MODELS], indirect=True, ids=list(MODELS))
 
 
 @every("lm")
@@ -179,9 +175,7 @@ def test_what_we_save_is_the_same_model(tmp_path: Path, name: str, head: Head) -
     original = reference(name, head).eval()
     original.save_pretrained(tmp_path / "theirs")
     tl.Model.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
-    auto = (
-        transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
-    )
+    auto = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
     loaded = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     tokens = sequences()[-1]
     with torch.no_grad():

@@ -43,9 +43,7 @@ class Source:
         try:
             number = float(weight)
         except ValueError as error:
-            raise ValueError(
-                f"{spec} does not exist, and the weight {weight!r} after its colon is not a number"
-            ) from error
+            raise ValueError(f"{spec} does not exist, and the weight {weight!r} after its colon is not a number") from error
         return cls(path, number)
 
 
@@ -91,9 +89,7 @@ class DocumentSet:
         return (document.text for document in self.documents if not document.held_out)
 
 
-def read_documents(
-    sources: Sequence[Source | str], held_out_fraction: float = 0.05, on_bad_row: str = "error"
-) -> DocumentSet:
+def read_documents(sources: Sequence[Source | str], held_out_fraction: float = 0.05, on_bad_row: str = "error") -> DocumentSet:
     """Read every source; drop exact duplicates and empty documents; decide which documents are held out.
 
     Whether a document is held out depends on its text alone (a hash), not on the order of documents or
@@ -130,9 +126,7 @@ def read_documents(
         unseen = {digest: text for digest, text in texts.items() if digest not in seen}
         duplicates += len(texts) - len(unseen)
         if not unseen:
-            raise ValueError(
-                f"{source.name} adds no documents ({total} read: {empty} empty, {duplicates} duplicates)"
-            )
+            raise ValueError(f"{source.name} adds no documents ({total} read: {empty} empty, {duplicates} duplicates)")
         seen.update(unseen)
         held_out = {_digest(parts[1])} & set(unseen) if parts else _held_out(unseen, held_out_fraction)
         documents += [Document(text, index, digest in held_out) for digest, text in unseen.items()]
@@ -289,9 +283,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         rows = _json(path.read_bytes())
         if not isinstance(rows, list):
             reason = rows.reason if isinstance(rows, _Bad) else f"it holds {type(rows).__name__}"
-            raise ValueError(
-                f"{path}: a .json file must be a list of rows (one row a line is .jsonl): {reason}"
-            )
+            raise ValueError(f"{path}: a .json file must be a list of rows (one row a line is .jsonl): {reason}")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
     else:
         yield from _read_parquet(path)

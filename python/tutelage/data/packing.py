@@ -75,9 +75,7 @@ class PackedEpochs:
             weight[members] = report.weight
             phase[members[order]] = (np.arange(len(members)) + 0.5) / max(len(members), 1)
         if weight.sum() < 1:
-            raise ValueError(
-                f"the weights leave {weight.sum():.3g} documents an epoch: raise them until it is one or more"
-            )
+            raise ValueError(f"the weights leave {weight.sum():.3g} documents an epoch: raise them until it is one or more")
         return weight, phase
 
     def epoch(self, epoch: int) -> PackedEpoch:
@@ -109,9 +107,7 @@ class PackedEpochs:
             raise ValueError(f"count is {count}: it must be at least 1")
         epoch, index = cursor.epoch, cursor.index
         if epoch < 0 or not 0 <= index <= len(self.epoch(epoch)):
-            raise ValueError(
-                f"{cursor} is outside of this data: it belongs to other data or another context length"
-            )
+            raise ValueError(f"{cursor} is outside of this data: it belongs to other data or another context length")
         taken: list[list[npt.NDArray[np.int32]]] = []
         while True:
             packed = self.epoch(epoch)
@@ -123,10 +119,7 @@ class PackedEpochs:
 
     def _bin(self, packed: PackedEpoch, index: int) -> list[npt.NDArray[np.int32]]:
         pieces = packed.pieces[packed.bounds[index] : packed.bounds[index + 1]]
-        return [
-            np.concatenate([self._start, self._tokens[self._begins[p] : self._ends[p]].astype(np.int32)])
-            for p in pieces
-        ]
+        return [np.concatenate([self._start, self._tokens[self._begins[p] : self._ends[p]].astype(np.int32)]) for p in pieces]
 
 
 def piece_ranges(

@@ -100,9 +100,7 @@ class Tokenizer:
         numbers = [int(i) for i in ids]
         for position, number in enumerate(numbers):
             if not 0 <= number < self.vocab_size:
-                raise ValueError(
-                    f"token id {number} at position {position} is outside the vocabulary of {self.vocab_size}"
-                )
+                raise ValueError(f"token id {number} at position {position} is outside the vocabulary of {self.vocab_size}")
         return self.backend.decode(numbers, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
@@ -113,9 +111,7 @@ class Tokenizer:
             files.write_file_atomic(folder / name, data)
 
 
-def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ("<|endoftext|>",)
-) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ("<|endoftext|>",)) -> Tokenizer:
     """Train a byte-level BPE (GPT-2's pre-tokenisation, Radford et al. 2019) on `documents`.
 
     Ids: the special tokens first, then the 256 bytes, then the merges in the order they were learned. The
@@ -126,14 +122,11 @@ def train_tokenizer(
     Raises ValueError when `vocab_size` does not hold the bytes and the special tokens.
     """
     if not special_tokens or len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
-        raise ValueError(
-            f"special_tokens must be distinct, non-empty and at least one, not {special_tokens!r}"
-        )
+        raise ValueError(f"special_tokens must be distinct, non-empty and at least one, not {special_tokens!r}")
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size is {vocab_size}: it must be at least {smallest} "
-            f"(256 bytes + {len(special_tokens)} special tokens)"
+            f"vocab_size is {vocab_size}: it must be at least {smallest} (256 bytes + {len(special_tokens)} special tokens)"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -169,9 +162,7 @@ def _check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} has a lone surrogate at character {error.start}: it is no valid Unicode"
-        ) from error
+        raise ValueError(f"{what} has a lone surrogate at character {error.start}: it is no valid Unicode") from error
 
 
 def _load_backend(data: bytes, where: str) -> tokenizers.Tokenizer:
@@ -195,9 +186,7 @@ def _load_object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _special_id(
-    kind: str, configs: Mapping[str, Mapping[str, Any]], ids: Mapping[str, int], where: str
-) -> int | None:
+def _special_id(kind: str, configs: Mapping[str, Mapping[str, Any]], ids: Mapping[str, int], where: str) -> int | None:
     """Id of the eos or bos token: the tokenizer's files name a token, the model's an id or several."""
     for name, config in configs.items():
         token = config.get(f"{kind}_token")

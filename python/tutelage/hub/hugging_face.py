@@ -38,9 +38,7 @@ _MODEL_FILE = re.compile(
     r"(generation_)?config\.json|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_JSON_BYTES = (
-    16 << 20
-)  # the index of a model of 100,000 tensors has 10 MB; parsed JSON takes many times its size
+_JSON_BYTES = 16 << 20  # the index of a model of 100,000 tensors has 10 MB; parsed JSON takes many times its size
 _LARGEST_SIZE = 2**31 - 1  # token ids are int32
 _SMALLEST_ELEMENT = 2  # bytes, of float16 and bfloat16
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -186,9 +184,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}: it is not the folder of a Hugging Face model")
     if path.stat().st_size > _JSON_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes; a {path.name} has at most {_JSON_BYTES:,}"
-        )
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a {path.name} has at most {_JSON_BYTES:,}")
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -284,9 +280,7 @@ def _read_rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
         for field in ("low_freq_factor", "high_freq_factor"):
             scaling[field] = rope.number(field)
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise rope.error(
-                "low_freq_factor", f"must be below high_freq_factor = {scaling['high_freq_factor']}"
-            )
+            raise rope.error("low_freq_factor", f"must be below high_freq_factor = {scaling['high_freq_factor']}")
         field = "original_max_position_embeddings"
         scaling[field] = rope.integer(field)
     return theta, scaling
@@ -388,9 +382,7 @@ def read_tensors(
             for stored in file.keys():  # noqa: SIM118 (no dict, and not iterable in older releases)
                 name = _parameter_name(stored, expected)
                 if name in found:
-                    raise ValueError(
-                        f"{path}: {stored} is in {found[name].path.name} too, as {found[name].stored}"
-                    )
+                    raise ValueError(f"{path}: {stored} is in {found[name].path.name} too, as {found[name].stored}")
                 if name is not None:
                     found[name] = _Source(path, stored)
                     _check_tensor(path, stored, file.get_slice(stored), expected.get(name))
@@ -405,9 +397,7 @@ def read_tensors(
     return _load(found, expected)
 
 
-def _load(
-    found: Mapping[str, _Source], expected: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _load(found: Mapping[str, _Source], expected: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = [(name, source) for name, source in found.items() if name in expected]
     for path, group in groupby(wanted, key=lambda entry: entry[1].path):
         with _open(path) as file:
@@ -441,13 +431,9 @@ def _read_index(path: Path) -> list[Path]:
     for name in sorted(set(map(str, weight_map.values()))):
         # A name, not a path: nothing outside the folder is opened.
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise ValueError(
-                f"{path}: weight_map names {reprlib.repr(name)}, which is no safetensors file of its folder"
-            )
+            raise ValueError(f"{path}: weight_map names {reprlib.repr(name)}, which is no safetensors file of its folder")
         if not (path.parent / name).is_file():
-            raise ValueError(
-                f"{path.parent} lacks {reprlib.repr(name)}, which {path.name} names: copy or fetch it again"
-            )
+            raise ValueError(f"{path.parent} lacks {reprlib.repr(name)}, which {path.name} names: copy or fetch it again")
         shards.append(path.parent / name)
     return shards
 
@@ -549,13 +535,7 @@ def _json(document: Mapping[str, Any]) -> bytes:
 def _describe(config: ModelConfig, head: Head) -> dict[str, Any]:
     """config.json, in the layout of transformers 4, which 5 reads too."""
     kind = _model_type(config)
-    ending = (
-        "ForSequenceClassification"
-        if head == "scalar"
-        else "LMHeadModel"
-        if kind == "gpt2"
-        else "ForCausalLM"
-    )
+    ending = "ForSequenceClassification" if head == "scalar" else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     document: dict[str, Any] = {
         "architectures": [_CLASSES[kind] + ending],
         "model_type": kind,
@@ -651,9 +631,7 @@ def _weight_parts(weights: Mapping[str, torch.Tensor], max_shard_bytes: int) -> 
         "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    parts: dict[str, Iterable[Buffer]] = {
-        file: safetensors_chunks(shard) for file, shard in zip(names, shards, strict=True)
-    }
+    parts: dict[str, Iterable[Buffer]] = {file: safetensors_chunks(shard) for file, shard in zip(names, shards, strict=True)}
     return {**parts, INDEX: [_json(index)]}
 
 

@@ -173,7 +173,4 @@ def at_least(config: object, name: str, least: int) -> None:
 
 def resolved(config: RunConfig) -> dict[str, object]:
     """The fields as plain JSON and YAML values."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}

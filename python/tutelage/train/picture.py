@@ -42,9 +42,7 @@ def draw(records: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     left = figure.add_subplot()
     training = [record for record in records if "loss" in record]
-    left.plot(
-        [r["step"] for r in training], [r["loss"] for r in training], color="0.6", label="training loss"
-    )
+    left.plot([r["step"] for r in training], [r["loss"] for r in training], color="0.6", label="training loss")
     left.set_xlabel("step")
     left.set_ylabel("training loss (nats per token)")
     right = left.twinx()

@@ -297,9 +297,7 @@ class Run:
             self._board = None
 
 
-def schedule(
-    kind: str, step: int, max_steps: int, warmup_steps: int, decay_ratio: float, min_ratio: float
-) -> float:
+def schedule(kind: str, step: int, max_steps: int, warmup_steps: int, decay_ratio: float, min_ratio: float) -> float:
     """The learning rate of `step` (1 … max_steps) as a share of the highest.
 
     Both rise along a line over warmup_steps. cosine (Loshchilov & Hutter 2017, arXiv 1608.03983): half a wave
@@ -376,7 +374,5 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError(
-            "--report_to tensorboard needs the tensorboard package: pip install 'tutelage[log]'"
-        ) from error
+        raise ImportError("--report_to tensorboard needs the tensorboard package: pip install 'tutelage[log]'") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
