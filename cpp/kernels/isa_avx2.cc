@@ -16,8 +16,8 @@ using std::size_t;
 using std::uint32_t;
 using std::uint64_t;
 using real = float;
-#include "kernels/all.inc"
 #include "kernels/lanes_avx2.inc"
+#include "kernels/all.inc"
 constexpr KernelTable kTable = make_table("avx2");
 }  // namespace
 

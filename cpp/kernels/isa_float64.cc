@@ -14,8 +14,8 @@ using std::size_t;
 using std::uint32_t;
 using std::uint64_t;
 using real = double;
-#include "kernels/all.inc"
 #include "kernels/lanes_scalar.inc"
+#include "kernels/all.inc"
 constexpr KernelTable kTable = make_table("float64");
 }  // namespace
 

@@ -31,7 +31,7 @@ from tutelage import AdamW, Model, PackedBatch, kernels, objectives, pack
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 few = settings(max_examples=12)
-several = settings(max_examples=40)
+several = settings(max_examples=15)
 
 
 @functools.cache
