@@ -66,6 +66,9 @@ _TRACEBACK = "TUTELAGE_TRACEBACK"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 (an error, told on stderr), 128 + signal (stopped)."""
+    # Waiting threads spin briefly, then sleep: libgomp's default (300,000 turns, about a millisecond) makes a step three times
+    # slower as soon as another program wants a core. Read by libgomp when torch loads it; the user's own setting wins.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())

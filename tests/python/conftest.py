@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, as the command line does
 
 import pytest
 from hypothesis import HealthCheck, settings
