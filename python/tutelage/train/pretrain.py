@@ -52,10 +52,10 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "tiny": Size(64, 176, 2, 4, 1024, 128, 1024, 400, 5e-3),
-    # About three minutes of two cores, 20 TFLOP at 120 GFLOP/s. A token costs 6 flops for every entry of a
-    # matrix, forward and backward, and attention on top: 8 MFLOP; so 2.5 million tokens, the home library
-    # nearly three times. A larger model would see it less often, and at this budget it learns less.
-    "small": Size(128, 352, 4, 4, 3072, 256, 1024, 2400, 3e-3),
+    # About three minutes of two cores at 89 GFLOP/s: 16 TFLOP. A token costs 6 flops for every entry of a matrix, forward and
+    # backward, and attention on top: 8 MFLOP; so 2 million tokens, the home library more than twice. A larger model would see
+    # less of it, and at this budget it learns less.
+    "small": Size(128, 352, 4, 4, 3072, 256, 1024, 2000, 3e-3),
     "base": Size(512, 1408, 8, 8, 4096, 1024, 4096, 600, 1e-3),
 }
 
