@@ -14,6 +14,8 @@
 #include <omp.h>
 #endif
 
+#include <pthread.h>
+
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -44,6 +46,14 @@ class DefaultFloatState {
   DefaultFloatState(const DefaultFloatState&) = delete;
   DefaultFloatState& operator=(const DefaultFloatState&) = delete;
 };
+
+// A team's threads do not survive fork: a child that called them would wait for ever. It works alone instead, with the same
+// bits.
+std::atomic<bool> team_lost_to_fork{false};
+void watch_for_forks() {
+  static const int once = pthread_atfork(nullptr, nullptr, [] { team_lost_to_fork = true; });
+  (void)once;
+}
 
 #if defined(TUTELAGE_THREAD_POOL)
 
@@ -108,10 +118,11 @@ class Pool {
 thread_local bool inside_team = false;
 
 void run_team(int workers, void (*job)(void*, int), void* context) {
-  if (inside_team || workers == 1) {
+  if (inside_team || workers == 1 || team_lost_to_fork) {
     for (int w = 0; w < workers; ++w) job(context, w);
     return;
   }
+  watch_for_forks();
   static Pool pool;
   struct Wrapped {
     void (*job)(void*, int);
@@ -131,10 +142,11 @@ void run_team(int workers, void (*job)(void*, int), void* context) {
 #else
 
 void run_team(int workers, void (*job)(void*, int), void* context) {
-  if (workers == 1) {
-    job(context, 0);
+  if (workers == 1 || team_lost_to_fork) {
+    for (int w = 0; w < workers; ++w) job(context, w);
     return;
   }
+  watch_for_forks();
 #pragma omp parallel num_threads(workers)
   // The runtime may give fewer threads than asked for; every worker's share is still done.
   for (int w = omp_get_thread_num(); w < workers; w += omp_get_num_threads()) job(context, w);

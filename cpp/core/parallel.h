@@ -5,6 +5,7 @@
 //
 // Each worker runs with the default floating-point state (round to nearest, denormals kept) and gets its own back.
 // Two back ends: OpenMP (shares torch's runtime and its warm threads) and a std::thread pool, which TSan can see.
+// A process forked after work was shared works alone, with the same bits: threads do not survive fork.
 // An exception thrown by `body` is rethrown in the caller after all workers have stopped (the first that came).
 //
 // Test: tests/cpp/test_parallel.cc.

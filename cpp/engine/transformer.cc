@@ -64,6 +64,17 @@ void Transformer::check(const Batch& batch) const {
   require_token_ids("tokens", batch.ids, batch.tokens, config_.vocab_size, batch.cu_seqlens, batch.sequences);
 }
 
+AttentionShape Transformer::attention_shape(const Graph& g) const {
+  return {g.sequences_,
+          g.cu_seqlens_.data(),
+          config_.num_attention_heads,
+          config_.num_key_value_heads,
+          config_.head_dim,
+          true,
+          config_.sliding_window,
+          1 / std::sqrt(static_cast<double>(config_.head_dim))};
+}
+
 // Every array of a graph, in the order of use. With a plan that has no memory: how many bytes that is.
 void Transformer::lay_out(Graph& g, Plan& plan) const {
   const std::int64_t n = g.tokens_, d = config_.hidden_size;
@@ -195,14 +206,7 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
                 threads);
 
   Attention attention;
-  attention.shape = {g.sequences_,
-                     g.cu_seqlens_.data(),
-                     c.num_attention_heads,
-                     c.num_key_value_heads,
-                     c.head_dim,
-                     true,
-                     c.sliding_window,
-                     1 / std::sqrt(static_cast<double>(c.head_dim))};
+  attention.shape = attention_shape(g);
   attention.q = queries, attention.q_row = qk_row;
   attention.k = at(queries, q, e), attention.k_row = qk_row;
   attention.v = at(a.qkv, q + kv, e), attention.v_row = qkv;
@@ -453,14 +457,7 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   // attention
   linear_backward(g, params, grads, w.out, w.out_bias, q, d, a.o, s.dx, s.d_o, threads);
   AttentionBackward attention;
-  attention.shape = {g.sequences_,
-                     g.cu_seqlens_.data(),
-                     c.num_attention_heads,
-                     c.num_key_value_heads,
-                     c.head_dim,
-                     true,
-                     c.sliding_window,
-                     1 / std::sqrt(static_cast<double>(c.head_dim))};
+  attention.shape = attention_shape(g);
   const void* queries = c.qk_norm ? a.qk : a.qkv;
   const std::int64_t qk_row = c.qk_norm ? q + kv : qkv;
   void* d_queries = c.qk_norm ? s.d_qk : s.d_qkv;

@@ -64,19 +64,21 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 _TRACEBACK = "TUTELAGE_TRACEBACK"
 
 # How often an OpenMP thread looks again before it goes to sleep. libgomp's own 300,000 (about a millisecond) holds a core that
-# another process needs: on a busy machine training is three to five times slower with it. Read when torch is imported.
+# another process needs: on a busy machine training is three to five times slower with it, on a quiet one 0 to 2 % faster. Read
+# when torch is imported; the user's own setting wins.
 _OPENMP_SPINS = ("GOMP_SPINCOUNT", "1000")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 (an error, told on stderr), 128 + signal (stopped)."""
-    # Waiting threads spin briefly, then sleep: libgomp's default (300,000 turns, about a millisecond) makes a step three times
-    # slower as soon as another program wants a core. Read by libgomp when torch loads it; the user's own setting wins.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault(*_OPENMP_SPINS)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
+        return 0
+    below = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if below and arguments[1:] in ([], ["-h"], ["--help"]):
+        print(_help(arguments[0]))
         return 0
     if arguments[0] == "--version":
         print(__version__)
@@ -84,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
-        below = [command for command in COMMANDS if command.startswith(f"{name} ")]
         close = [] if below else difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(below or COMMANDS)}"
         return _fail("tutelage", f"unknown command {name!r}; {hint}")
@@ -138,9 +139,13 @@ def _imported(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+def _help(group: str = "") -> str:
+    """The commands, all of them or one group's."""
+    shown = {name: command for name, command in COMMANDS.items() if not group or name.startswith(f"{group} ")}
+    width = max(map(len, shown))
+    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in shown.items())
+    if group:
+        return f"usage: tutelage {group} COMMAND [OPTIONS]\n\ncommands:\n{lines}\n"
     return f"""usage: tutelage COMMAND [OPTIONS]
 
 One compiled engine for the whole upbringing of a language model.

@@ -19,6 +19,7 @@ from tutelage import __version__
 
 # Where this project's own tests run on real hardware, bit for bit against the scalar level. Other levels are
 # checked at every start, each kernel on one odd shape, but nobody has run the test suite on them.
+# Levels that every machine of the project's tests has; the others are tested wherever a machine that runs the tests has them.
 _TESTED_LEVELS = frozenset({"scalar", "avx2"})
 _OPENMP = re.compile(r"(?:libgomp|libomp|libiomp5?)[^/]*\.so[^/]*$")
 
@@ -104,7 +105,7 @@ def level_finding(name: str, supported: bool, wrong_kernel: str, active: bool) -
         return Finding(subject, "not on this CPU")
     if wrong_kernel:
         return Finding(subject, f"not used: {wrong_kernel} differs from the scalar level; please report this", True)
-    tested = "tested" if name in _TESTED_LEVELS else "self-checked, not tested"
+    tested = "tested" if name in _TESTED_LEVELS else "self-checked at load"
     return Finding(subject, f"{tested}{', in use' if active else ''}")
 
 

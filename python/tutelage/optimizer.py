@@ -55,7 +55,10 @@ class AdamW:
 
         Raises:
             NonFiniteGradientError: naming the first parameter whose gradient is not finite. Nothing has changed then.
+            ValueError: for a learning rate that is negative, infinite or NaN. Nothing has changed then either.
         """
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr must not be negative, infinite or NaN, but it is {self.lr}; the update was not applied")
         model, threads = self.model, torch.get_num_threads()
         grads = model._settled_grads()
         norm = math.sqrt(model._engine.sum_of_squares(grads, threads))

@@ -158,6 +158,20 @@ TEST(nothing_to_do_writes_nothing) {
   CHECK(same_bits(x.outputs(), Operands<float>(g, {}).outputs()));
 }
 
+TEST(no_rows_have_a_gradient_of_zero) {
+  const float x = 0;
+  for (const Level& level : levels())
+    for (bool accumulate : {false, true}) {
+      if (!level.supported) continue;
+      std::vector<float> dweight(35, 2.0f);
+      LinearLogprobBackward call;
+      call.hidden = 5, call.vocab = 7, call.block_rows = 4, call.x = &x, call.weight = dweight.data();
+      call.dweight = dweight.data(), call.accumulate = accumulate;
+      level.table->linear_logprob_backward(call, 2);
+      for (float v : dweight) CHECK(v == (accumulate ? 2.0f : 0.0f), level.table->name, accumulate, v);
+    }
+}
+
 TEST(gradients_agree_with_central_differences) {
   for (double temperature : {1.0, 0.7}) {
     const Case g{5, 9, 300, temperature};

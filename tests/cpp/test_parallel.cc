@@ -5,6 +5,9 @@
 #include <thread>
 #include <vector>
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "core/parallel.h"
 #include "test.h"
 
@@ -41,6 +44,27 @@ TEST(a_nested_call_does_all_of_its_work) {
       parallel_tasks(4, 4, [&](int64_t task) { ++visits[static_cast<std::size_t>(i * 4 + task)]; });
   });
   for (auto& v : visits) CHECK(v == 1, v.load());
+}
+
+TEST(a_child_forked_after_shared_work_does_its_own) {
+  auto sum_with = [](int threads) {
+    std::atomic<int64_t> sum{0};
+    parallel_for(threads, 100, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) sum += i;
+    });
+    parallel_tasks(threads, 100, [&](int64_t task) { sum += task; });
+    return sum.load();
+  };
+  CHECK(sum_with(2) == 9900);  // now there is a team to lose
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // waiting for threads that are not there ends here
+    _exit(sum_with(2) == 9900 ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, status);
+  CHECK(sum_with(2) == 9900);  // the parent keeps its team
 }
 
 TEST(an_exception_reaches_the_caller_and_the_team_works_on) {

@@ -116,11 +116,18 @@ def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
     assert "--learning_rate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "--help"]])
+def test_a_group_of_commands_shows_its_own(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "bench kernels" in shown and "bench train" in shown and "pretrain" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["pretran"], "unknown command 'pretran'; did you mean 'pretrain'?"),
-        (["bench"], "unknown command 'bench'; there are bench kernels, bench train"),
+        (["bench", "xyz"], "unknown command 'bench'; there are bench kernels, bench train"),
         (["xyz"], "unknown command 'xyz'; there are tokenizer, pretrain"),
         (["pretrain", "--config"], "--config needs a file"),
         (["pretrain", "--config", "/no/such.yaml"], "No such file or directory: '/no/such.yaml'"),
@@ -208,7 +215,7 @@ def test_the_doctor_names_what_is_there(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_doctor_tells_tested_from_self_checked() -> None:
     assert level_finding("avx512", False, "", False).text == "not on this CPU"
-    assert level_finding("avx512", True, "", True).text == "self-checked, not tested, in use"
+    assert level_finding("avx512", True, "", True).text == "self-checked at load, in use"
     assert level_finding("avx2", True, "", False).text == "tested"
     wrong = level_finding("avx2", True, "matmul", False)
     assert wrong.problem and "matmul differs from the scalar level" in wrong.text

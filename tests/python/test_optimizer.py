@@ -69,6 +69,20 @@ def test_a_learning_rate_of_zero_changes_no_weight() -> None:
     assert bits(model.params) == before
 
 
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -0.1])
+def test_a_learning_rate_set_to_nonsense_is_not_applied(lr: float) -> None:
+    model = tiny_model()
+    set_gradient(model, randn(model.params, 0))
+    optimizer = AdamW(model, lr=0.1)
+    before = bits(model.params, optimizer.exp_avg, optimizer.exp_avg_sq)
+    optimizer.lr = lr
+    with pytest.raises(
+        ValueError, match=f"lr must not be negative, infinite or NaN, but it is {lr}; the update was not applied"
+    ):
+        optimizer.step()
+    assert bits(model.params, optimizer.exp_avg, optimizer.exp_avg_sq) == before and optimizer.steps == 0
+
+
 def test_clipping_scales_the_step_and_not_the_gradient() -> None:
     model = tiny_model()
     gradient = randn(model.params, 0)
