@@ -28,6 +28,10 @@ asan:
 tsan:
     cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan
 
+# The C++ harness for aarch64, emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
+neon:
+    cmake --preset neon && cmake --build --preset neon && ctest --preset neon
+
 # Kernels and the training step against the machine's ceilings and torch
 bench *args:
     tutelage bench kernels {{ args }}

@@ -1,10 +1,12 @@
 """Refuses ISA-specific units that share code: a weak symbol in an isa_*.o could replace another level's function.
 
-Run after a build that kept its objects: python tools/check_symbols.py [BUILD_FOLDER]
+Run after a build that kept its objects: python tools/check_symbols.py [BUILD_FOLDER]. NM names another nm, for objects of
+another machine.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ ALLOWED = {"DW.ref.__gxx_personality_v0"}
 
 def weak_symbols(unit: Path) -> list[str]:
     """Weak (V, W) and unique (u) definitions in an object file."""
-    listing = subprocess.run(["nm", "--defined-only", "--demangle", unit], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        [os.environ.get("NM", "nm"), "--defined-only", "--demangle", unit], capture_output=True, text=True, check=True
+    )
     found = []
     for line in listing.stdout.splitlines():
         kind, _, name = line[17:].partition(" ")

@@ -201,6 +201,8 @@ std::vector<Level> levels() {
 #if defined(TUTELAGE_X86)
   all.push_back({avx512_table(), cpu_has_avx512()});
   all.push_back({avx2_table(), cpu_has_avx2()});
+#elif defined(TUTELAGE_NEON)
+  all.push_back({neon_table(), true});
 #endif
   all.push_back({scalar_table(), true});
   return all;

@@ -1,7 +1,7 @@
 // Which kernel table this process uses.
 //
 // The best level that this build has, this CPU can run, and whose self-check passes: every kernel on one odd shape against the
-// scalar level, memcmp. A mismatch is one loud line on stderr and the next level down. TUTELAGE_ISA=scalar|avx2|avx512
+// scalar level, memcmp. A mismatch is one loud line on stderr and the next level down. TUTELAGE_ISA=scalar|avx2|avx512|neon
 // overrides (for tests); an unknown or impossible name is an error. Test: tests/cpp/test_levels.cc, tests/python/test_core.py.
 #pragma once
 

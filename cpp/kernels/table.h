@@ -58,10 +58,11 @@ struct KernelTable {
   void (*from_float)(void* to, const float* from, std::int64_t n);
 };
 
-// Every level compiled into this build; null where the build has none.
+// The levels. Declared for all machines, defined where the machine has them: levels() in select.h names those.
 const KernelTable* scalar_table();
 const KernelTable* float64_table();
 const KernelTable* avx2_table();
 const KernelTable* avx512_table();
+const KernelTable* neon_table();
 
 }  // namespace tutelage

@@ -76,6 +76,8 @@ TEST(the_best_level_comes_first_and_scalar_last) {
   CHECK(all.back().table == scalar_table() && all.back().supported);
 #if defined(TUTELAGE_X86)
   CHECK(all.size() == 3 && all[0].table == avx512_table() && all[1].table == avx2_table(), all.size());
+#elif defined(TUTELAGE_NEON)
+  CHECK(all.size() == 2 && all[0].table == neon_table() && all[0].supported, all.size());
 #endif
   for (const Level& level : all) CHECK(level.table->activation_size == 4, level.table->name);
   CHECK(float64_table()->activation_size == 8);

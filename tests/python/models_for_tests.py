@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage import Model, ModelConfig, PackedBatch, pack
+from tutelage import Model, ModelConfig, PackedBatch, _core, pack
 
 _GPT2: dict[str, Any] = {
     "vocab_size": 130,
@@ -124,3 +125,14 @@ def gradient_bits(model: Model, batch: PackedBatch, seed: int = 0) -> bytes:
     model.zero_grad()
     backward(model, batch, seed)
     return bits(model.grads)
+
+
+def in_use() -> int:
+    """Bytes that the core's memory has handed out and not got back."""
+    return int(_core.memory_use()["in_use"])
+
+
+def in_use_at_start() -> int:
+    """The same before a measurement: what earlier tests left in reference cycles must not be freed in the middle of it."""
+    gc.collect()
+    return in_use()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from models_for_tests import KINDS, backward, batch_for, bits, gradient_bits, threads, tiny_model
+from models_for_tests import KINDS, backward, batch_for, bits, gradient_bits, in_use, in_use_at_start, threads, tiny_model
 from tutelage import AdamW, Model, _core
 
 
@@ -58,13 +58,13 @@ def test_every_allocation_of_a_forward_may_fail(kind: str, count: int) -> None:
         model = fresh()
         number = allocations(lambda: forward(model))
         assert number > 10
-        in_use = _core.memory_use()["in_use"]
+        before = in_use_at_start()
         for k in range(1, number + 1):
             failing = fresh()
             fails(k, lambda failing=failing: forward(failing))
             assert forward(failing) == expected
         del failing
-        assert _core.memory_use()["in_use"] == in_use, "a failed forward keeps nothing"
+        assert in_use() == before, "a failed forward keeps nothing"
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

@@ -18,6 +18,8 @@ from models_for_tests import (
     bits,
     forward_bits,
     gradient_bits,
+    in_use,
+    in_use_at_start,
     randn,
     same_model,
     sequences,
@@ -407,10 +409,6 @@ def rounded(size: int) -> int:
     return -(-size // unit) * unit
 
 
-def in_use() -> int:
-    return int(_core.memory_use()["in_use"])
-
-
 def forward(model: Model, batch: PackedBatch) -> object:
     return model.values(batch) if model.head == "scalar" else model.score(batch)
 
@@ -424,7 +422,7 @@ def test_activation_memory_is_what_is_stated(kind: str, options: dict[str, Any])
     batch = batch_for(model, LENGTHS)
     forward(model, batch)  # rotary tables
     _core.free_cached_memory()  # a kept block may be a quarter larger than was asked for
-    before = in_use()
+    before = in_use_at_start()
     kept = forward(model, batch)
     assert in_use() - before == rounded(model.activation_bytes(batch.tokens.numel(), len(batch)))
     del kept
@@ -441,7 +439,7 @@ def test_no_grad_needs_less_memory_from_the_start() -> None:
 
     def peak() -> int:
         _core.free_cached_memory()
-        before = in_use()
+        before = in_use_at_start()
         _core.reset_memory_peak()
         forward(model, batch)
         return int(_core.memory_use()["peak"]) - before
@@ -459,7 +457,7 @@ def test_inference_mode_keeps_nothing() -> None:
     model = tiny_model()
     batch = batch_for(model, LENGTHS)
     expected = forward_bits(model, batch)
-    before = in_use()
+    before = in_use_at_start()
     with torch.inference_mode():
         out = model.score(batch)
     assert in_use() == before and not out.logprobs.requires_grad

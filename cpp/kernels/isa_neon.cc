@@ -1,0 +1,25 @@
+// The neon level: every kernel, compiled for this level only.
+#include <arm_neon.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/memory.h"
+#include "core/parallel.h"
+#include "kernels/table.h"
+
+namespace tutelage {
+namespace {
+using std::int32_t;
+using std::int64_t;
+using std::size_t;
+using std::uint32_t;
+using std::uint64_t;
+using real = float;
+#include "kernels/lanes_neon.inc"
+#include "kernels/all.inc"
+constexpr KernelTable kTable = make_table("neon");
+}  // namespace
+
+const KernelTable* neon_table() { return &kTable; }
+}  // namespace tutelage
