@@ -16,6 +16,10 @@ test *args:
 slow *args:
     python -m pytest -m slow {{ args }}
 
+# The long ones: a hundred kills, a million mutated files, two thousand steps without a leak; an hour or two
+soak *args:
+    python -m pytest -m soak {{ args }}
+
 # The C++ harness: release
 cpp:
     cmake --preset release && cmake --build --preset release && ctest --preset release

@@ -29,7 +29,7 @@ class BlockStore {
     // A kept block may be up to a quarter too large: step sizes vary a little, waste must not.
     auto kept = free_.lower_bound(rounded);
     if (kept != free_.end() && kept->first <= rounded + rounded / 4) {
-      void* block = kept->second;
+      void* block = kept->second.block;
       const std::size_t size = kept->first;
       sizes_[block] = size;  // may throw: before anything is taken
       free_.erase(kept);
@@ -37,6 +37,7 @@ class BlockStore {
       count(size);
       return block;
     }
+    make_room(rounded);
     void* block = fresh(rounded, unit);
     if (block == nullptr) {
       drop_cached();
@@ -61,7 +62,7 @@ class BlockStore {
     sizes_.erase(found);
     use_.in_use -= size;
     try {
-      free_.emplace(size, block);
+      free_.emplace(size, Kept{block, ++released_});
       use_.cached += size;
     } catch (...) {
       std::free(block);
@@ -94,17 +95,38 @@ class BlockStore {
     return block;
   }
   void drop_cached() noexcept {
-    for (auto& [size, block] : free_) std::free(block);
+    for (auto& [size, kept] : free_) std::free(kept.block);
     free_.clear();
     use_.cached = 0;
+  }
+  // Batches of ever other sizes would each leave blocks that fit no other. What is held in all stays within a quarter above the
+  // most that was ever in use; the blocks that lay idle longest go first.
+  void make_room(std::size_t rounded) noexcept {
+    const std::size_t most = std::max(most_, use_.in_use + rounded);
+    while (!free_.empty() && use_.in_use + use_.cached + rounded > most + most / 4) {
+      auto oldest = free_.begin();
+      for (auto at = free_.begin(); at != free_.end(); ++at)
+        if (at->second.released < oldest->second.released) oldest = at;
+      std::free(oldest->second.block);
+      use_.cached -= oldest->first;
+      free_.erase(oldest);
+    }
   }
   void count(std::size_t size) noexcept {
     use_.in_use += size;
     use_.peak = std::max(use_.peak, use_.in_use);
+    most_ = std::max(most_, use_.in_use);
   }
 
+  struct Kept {
+    void* block;
+    std::uint64_t released;  // rises: when it came back
+  };
+
   std::mutex mutex_;
-  std::multimap<std::size_t, void*> free_;
+  std::multimap<std::size_t, Kept> free_;
+  std::uint64_t released_ = 0;
+  std::size_t most_ = 0;  // in use at any time; reset_peak leaves it
   std::unordered_map<void*, std::size_t> sizes_;
   MemoryUse use_;
   std::uint64_t fail_in_ = 0;

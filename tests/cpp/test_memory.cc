@@ -61,6 +61,20 @@ TEST(impossible_sizes_throw_and_leave_everything_usable) {
   CHECK(scratch.get() != nullptr);
 }
 
+// Seventeen sizes, none of them within a quarter of another: kept without a bound they would be 3.3 times the largest.
+TEST(sizes_that_never_come_again_are_not_all_kept) {
+  free_cached_memory();
+  std::size_t size = std::size_t{64} << 20, sum = 0;
+  const std::size_t largest = size;
+  for (int i = 0; i < 17; ++i, size = size / 10 * 7) {
+    const Scratch scratch(size);
+    sum += size;
+  }
+  CHECK(sum > 3 * largest, sum);
+  CHECK(memory_use().cached <= memory_use().in_use + largest + largest / 4, memory_use().cached);
+  free_cached_memory();
+}
+
 TEST(threads_may_allocate_at_the_same_time) {
   const std::size_t before = memory_use().in_use;
   std::vector<std::thread> threads;

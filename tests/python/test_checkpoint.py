@@ -198,7 +198,9 @@ def unnoticed_flips(folder: Path, count: int) -> int:
     return unnoticed
 
 
-@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [1_000, pytest.param(10_000, marks=pytest.mark.slow), pytest.param(100_000, marks=pytest.mark.soak)]
+)
 def test_every_flipped_bit_is_found(tmp_path: Path, count: int) -> None:
     assert unnoticed_flips(save_checkpoint(tmp_path, 1, *training_state()), count) == 0
 

@@ -492,7 +492,7 @@ def test_shards_refused(tmp_path: Path, llama: Any) -> None:
 
 # --- fuzz ---------------------------------------------------------------------------------------------------
 
-FUZZ = [300, pytest.param(7_000, marks=pytest.mark.slow)]
+FUZZ = [300, pytest.param(7_000, marks=pytest.mark.slow), pytest.param(170_000, marks=pytest.mark.soak)]
 NASTY = st.one_of(
     st.none(),
     st.booleans(),

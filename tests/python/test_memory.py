@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +150,29 @@ def test_control_without_a_failure_nothing_is_raised() -> None:
     with pytest.raises(MemoryError):
         model.score(batch)
     model.score(batch)
+
+
+def resources() -> tuple[int, int, int]:
+    """Resident bytes, open files and threads of this process."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) * 1024, len(list(Path("/proc/self/fd").iterdir())), int(status["Threads"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
+def test_two_thousand_steps_leak_nothing(kind: str) -> None:
+    """Lengths change from step to step, so that every size of block comes and goes; all of them within the first 200 steps."""
+    model = tiny_model(kind)
+    optimizer = AdamW(model, lr=1e-3)
+    lengths = random.Random(0)
+    batches = [batch_for(model, [lengths.randint(1, 300) for _ in range(lengths.randint(1, 8))]) for _ in range(50)]
+    early = resources()
+    for step in range(1, 2_001):
+        (-model.score(batches[step % 50]).logprobs.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 200:
+            early = resources()
+    late = resources()
+    assert late[0] <= 1.01 * early[0]
+    assert late[1:] == early[1:]

@@ -141,17 +141,20 @@ def test_several_kills_at_random_times_change_no_bit(children: Forker, data: Pat
     assert resume(children, data, tmp_path / "run") == whole.digest
 
 
-@pytest.mark.slow
-def test_twenty_kills(children: Forker, data: Path, whole: Whole, tmp_path: Path) -> None:
-    moments = random.Random(4)
-    for number in range(5):
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(5, marks=pytest.mark.slow, id="20"), pytest.param(25, marks=pytest.mark.soak, id="100")]
+)
+def test_many_kills(children: Forker, data: Path, whole: Whole, tmp_path: Path, rounds: int) -> None:
+    """Four kills a round: at a named point, at a disk operation, and two at random times."""
+    moments = random.Random(rounds - 1)
+    for number in range(rounds):
         folder = tmp_path / f"point-{number}"
         point = moments.randint(1, whole.points)
         assert kill_and_resume(children, data, folder, {"point": point}) == whole.digest
         folder = tmp_path / f"operation-{number}"
         operation = moments.randint(1, whole.operations)
         assert kill_and_resume(children, data, folder, {"operation": operation}) == whole.digest
-    for number in range(5):
+    for number in range(rounds):
         folder = tmp_path / f"time-{number}"
         for _ in range(2):
             killed_at_a_random_time(children, data, folder, whole.seconds, moments)
