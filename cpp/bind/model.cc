@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "bind/dlpack.h"
+#include "bind/generator.h"
+#include "bind/signals.h"
 #include "engine/transformer.h"
 #include "kernels/select.h"
 
@@ -16,12 +18,6 @@ using namespace py::literals;
 
 namespace tutelage {
 namespace {
-
-// Between blocks: Python's signal handlers run; one that raises (Ctrl-C) ends the call.
-void poll_signals() {
-  py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
 
 template <class Value>
 Value choice(const py::dict& fields, const char* key, std::initializer_list<std::pair<const char*, Value>> values) {
@@ -134,6 +130,20 @@ class BoundTransformer {
     model_.finish_gradients(g.data<void>(), threads);
   }
 
+  std::shared_ptr<const PackedWeights> pack(py::handle params, bool half, int threads) const {
+    const TensorArgument p = flat(params, "params");
+    py::gil_scoped_release unlocked;
+    return model_.pack(p.data<void>(), half, threads, poll_signals);
+  }
+  std::unique_ptr<BoundGenerator> generator(py::object params, std::shared_ptr<const PackedWeights> packed,
+                                            const GeneratorOptions& options, std::vector<std::string> token_bytes) {
+    if (model_.config().head != Head::lm)
+      throw ArgumentError("this model has a scalar head; load it with head='lm' to generate tokens");
+    const TensorArgument p = flat(params, "params");
+    return std::make_unique<BoundGenerator>(model_, std::move(params), p.data<void>(), std::move(packed), options,
+                                            std::move(token_bytes));
+  }
+
   std::int64_t activation_bytes(std::int64_t tokens, std::int64_t sequences, bool keep, bool recompute,
                                 std::int64_t logits_budget) const {
     return model_.activation_bytes(tokens, sequences, make_options(1.0, keep, recompute, logits_budget, 1));
@@ -211,6 +221,7 @@ class BoundTransformer {
 }  // namespace
 
 void bind_model(py::module_& m) {
+  bind_generator(m);
   py::class_<Graph>(m, "Graph", "What one forward keeps for its backward.")
       .def_property_readonly("bytes", &Graph::bytes)
       .def_property_readonly("used", &Graph::used);
@@ -229,6 +240,10 @@ void bind_model(py::module_& m) {
       .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "params"_a, "grads"_a, "d_values"_a, "threads"_a)
       .def("forget_gradients", &BoundTransformer::forget_gradients)
       .def("finish_gradients", &BoundTransformer::finish_gradients, "grads"_a, "threads"_a)
+      .def("pack", &BoundTransformer::pack, "params"_a, "half"_a, "threads"_a,
+           "Every matrix in the order in which generation streams it.")
+      .def("generator", &BoundTransformer::generator, "params"_a, "packed"_a, "options"_a, "token_bytes"_a,
+           py::keep_alive<0, 1>())
       .def("activation_bytes", &BoundTransformer::activation_bytes, "tokens"_a, "sequences"_a, "keep"_a, "recompute"_a,
            "logits_budget"_a)
       .def("sum_of_squares", &BoundTransformer::sum_of_squares, "grads"_a, "threads"_a)

@@ -11,7 +11,8 @@ namespace tutelage {
 
 using PhiloxCounter = std::array<std::uint32_t, 4>;
 
-inline PhiloxCounter philox4x32(std::uint64_t key, PhiloxCounter counter) {
+// `static`: see parallel_for; the ISA units use it too.
+static inline PhiloxCounter philox4x32(std::uint64_t key, PhiloxCounter counter) {
   auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = 0xD2511F53ull * counter[0], p1 = 0xCD9E8D57ull * counter[2];

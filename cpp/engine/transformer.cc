@@ -11,34 +11,6 @@
 
 namespace tutelage {
 
-Buffer& Buffer::operator=(Buffer&& other) noexcept {
-  if (this != &other) {
-    reset();
-    table_ = other.table_, data_ = other.data_, bytes_ = other.bytes_;
-    other.data_ = nullptr, other.bytes_ = 0;
-  }
-  return *this;
-}
-
-void Buffer::reset() noexcept {
-  if (data_ != nullptr) table_->release(data_);
-  data_ = nullptr, bytes_ = 0;
-}
-
-// Cuts one stretch of memory into arrays. Without memory it only counts.
-struct Transformer::Plan {
-  std::int64_t element;
-  char* base = nullptr;
-  std::size_t used = 0;
-
-  void* take(std::int64_t elements) {
-    constexpr std::size_t line = 64;  // every array starts on a cache line
-    void* at = base == nullptr ? nullptr : base + used;
-    used += (static_cast<std::size_t>(elements * element) + line - 1) / line * line;
-    return at;
-  }
-};
-
 // The gradients that flow down while a backward runs.
 struct Transformer::Stack {
   void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk;
@@ -160,6 +132,7 @@ void Transformer::linear(const Graph& g, const void* params, std::int64_t weight
   fused.a = x, fused.a_row = x_row, fused.a_col = 1;
   fused.b = at(params, weight, e);
   fused.b_row = layout_.transposed ? out : 1, fused.b_col = layout_.transposed ? 1 : in;
+  if (g.packed_ != nullptr) fused.packed = g.packed_->at(weight), fused.packed_half = g.packed_->half();
   fused.bias = bias == kAbsent ? nullptr : at(params, bias, e);
   table_.matmul(fused, threads);
 }
@@ -205,13 +178,7 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
                  g.rotary_->sin.data(), false},
                 threads);
 
-  Attention attention;
-  attention.shape = attention_shape(g);
-  attention.q = queries, attention.q_row = qk_row;
-  attention.k = at(queries, q, e), attention.k_row = qk_row;
-  attention.v = at(a.qkv, q + kv, e), attention.v_row = qkv;
-  attention.o = a.o, attention.o_row = q, attention.lse = a.lse;
-  table_.flash_attention(attention, threads);
+  attend(g, index, queries, qk_row, a, threads);
 
   Matmul into_x1;
   into_x1.c = a.x1, into_x1.c_row = d, into_x1.residual = a.x, into_x1.residual_row = d;
@@ -226,6 +193,27 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
   Matmul into_next;
   into_next.c = x_next, into_next.c_row = d, into_next.residual = a.x1, into_next.residual_row = d;
   linear(g, params, w.down, w.down_bias, c.intermediate_size, d, g.scratch_mlp_, c.intermediate_size, into_next, threads);
+}
+
+// Over the batch itself, or over the cache.
+void Transformer::attend(const Graph& g, std::size_t index, const void* queries, std::int64_t qk_row, const BlockActivations& a,
+                         int threads) const {
+  const std::int64_t e = table_.activation_size, q = config_.query_width(), kv = config_.key_width();
+  const void *keys = at(queries, q, e), *values = at(static_cast<const void*>(a.qkv), q + kv, e);
+  const AttentionShape shape = attention_shape(g);
+  if (g.rows_due_ == nullptr) {
+    table_.flash_attention({shape, queries, keys, values, qk_row, qk_row, config_.qkv_width(), a.o, q, a.lse}, threads);
+    return;
+  }
+  const GenerationRows& rows = *g.rows_due_;
+  CachedAttention c;
+  c.heads = shape.heads, c.kv_heads = shape.kv_heads, c.head_dim = shape.head_dim, c.window = shape.window;
+  c.scale = shape.scale, c.segments = static_cast<std::int64_t>(rows.blocks.size());
+  c.cu_rows = rows.cu_rows.data(), c.first_position = rows.first_position.data(), c.blocks = rows.blocks.data();
+  c.offset = static_cast<std::int64_t>(index) * cached_attention_elements(c.kv_heads, c.head_dim);
+  c.q = queries, c.k = keys, c.v = values, c.q_row = c.k_row = qk_row, c.v_row = config_.qkv_width();
+  c.o = a.o, c.o_row = q;
+  table_.cached_attention(c, threads);
 }
 
 std::shared_ptr<const RotaryCache> Transformer::rotary(std::int64_t longest, int threads) {
@@ -264,6 +252,12 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* para
     }
   }
   if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
+  run_blocks(g, params, options);
+  return graph;
+}
+
+// Memory for the graph, the look-up and every block.
+void Transformer::run_blocks(Graph& g, const void* params, const Options& options) {
   Plan counting{table_.activation_size};
   lay_out(g, counting);
   g.memory_ = Buffer(table_, counting.used);
@@ -283,7 +277,6 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* para
     forward_block(g, i, params, g.blocks_[i], i + 1 < g.blocks_.size() ? g.blocks_[i + 1].x : g.x_out_, options.threads);
   }
   if (options.poll != nullptr) options.poll();
-  return graph;
 }
 
 std::unique_ptr<Graph> Transformer::score(const Batch& batch, const void* params, const Options& options, void* logprobs,
@@ -319,6 +312,62 @@ std::unique_ptr<Graph> Transformer::values(const Batch& batch, const void* param
   head.c = values, head.c_row = 1;
   table_.matmul(head, options.threads);
   return options.keep ? std::move(graph) : nullptr;
+}
+
+// ---- generation
+
+std::shared_ptr<const PackedWeights> Transformer::pack(const void* params, bool half, int threads, void (*poll)()) const {
+  const Config& c = config_;
+  const std::int64_t d = c.hidden_size;
+  std::vector<PackedWeights::Matrix> matrices;
+  for (const LayerOffsets& w : layout_.layers) {
+    matrices.push_back({w.qkv, c.qkv_width(), d, layout_.transposed, false});
+    matrices.push_back({w.out, d, c.query_width(), layout_.transposed, false});
+    matrices.push_back({w.up, c.pre_width(), d, layout_.transposed, c.mlp == Mlp::swiglu});
+    matrices.push_back({w.down, d, c.intermediate_size, layout_.transposed, false});
+  }
+  matrices.push_back({layout_.head, c.vocab_size, d, false, false});
+  return std::make_shared<const PackedWeights>(table_, matrices, params, half, threads, poll);
+}
+
+void Transformer::generate_step(const GenerationRows& rows, const void* params, const PackedWeights& packed, int threads,
+                                void (*poll)(), Draws& draws) {
+  Graph g;
+  g.tokens_ = static_cast<std::int64_t>(rows.ids.size());
+  g.sequences_ = static_cast<std::int64_t>(rows.blocks.size());
+  g.rows_ = static_cast<std::int64_t>(rows.sources.size());
+  g.ids_ = rows.ids, g.positions_ = rows.positions, g.packed_ = &packed, g.rows_due_ = &rows;
+  Options options;
+  options.threads = threads, options.keep = false, options.poll = poll;
+  g.options_ = options;
+  if (!config_.learned_positions)
+    g.rotary_ = rotary(*std::max_element(rows.positions.begin(), rows.positions.end()) + 1, threads);
+  run_blocks(g, params, options);
+  draws.tokens.assign(rows.sources.size(), -1);
+  draws.logprobs.assign(rows.sources.size(), 0.0);
+  draws.support_logprobs.assign(rows.sources.size(), 0.0);
+  if (g.rows_ == 0) return;
+  norm(params, layout_.norm, layout_.norm_bias, g.x_out_, rows.sources.data(), g.rows_, g.hidden_, g.mean_, g.rstd_, threads);
+  Plan counting{table_.activation_size};
+  auto lay_out_draws = [&](Plan& plan) {
+    Sample s;
+    s.z = plan.take(g.rows_ * config_.vocab_size);
+    s.logprob = plan.take(g.rows_), s.support_logprob = plan.take(g.rows_);
+    return s;
+  };
+  lay_out_draws(counting);
+  Buffer memory(table_, counting.used);
+  Plan plan{table_.activation_size, static_cast<char*>(memory.data())};
+  Sample s = lay_out_draws(plan);
+  s.rows = g.rows_, s.hidden = config_.hidden_size, s.vocab = config_.vocab_size, s.x = g.hidden_;
+  s.weight = at(params, layout_.head, table_.activation_size);
+  s.packed = packed.at(layout_.head), s.packed_half = packed.half();
+  s.settings = rows.settings.data(), s.tokens = draws.tokens.data();
+  table_.sample(s, threads);
+  for (std::size_t i = 0; i < draws.tokens.size(); ++i) {
+    draws.logprobs[i] = table_.to_double(s.logprob, static_cast<std::int64_t>(i));
+    draws.support_logprobs[i] = table_.to_double(s.support_logprob, static_cast<std::int64_t>(i));
+  }
 }
 
 // ---- gradients that are owed

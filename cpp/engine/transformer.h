@@ -6,6 +6,8 @@
 //
 // Parameters and gradients are the caller's flat buffers. A Graph is what one forward keeps for its backward; several may be
 // alive.
+// For rollouts the same blocks run over the rows that are due (generate_step): the attention reads a cache, the products read
+// packed weights. The kernels are those of the forward, so the bits are too (P2).
 //
 // The same bits whatever the batch, the threads, the level (P1); and gradients that do not depend on how a batch was cut into
 // consecutive micro-batches (P4): every weight gradient is one chain over tokens that continues in the gradient buffer. A tied
@@ -21,30 +23,15 @@
 #include <mutex>
 #include <vector>
 
+#include "engine/buffer.h"
 #include "engine/config.h"
+#include "engine/kv_cache.h"
 #include "engine/layout.h"
+#include "engine/packed_weights.h"
 #include "engine/tables.h"
 #include "kernels/table.h"
 
 namespace tutelage {
-
-// A stretch of the table's memory.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const KernelTable& table, std::size_t bytes) : table_(&table), data_(table.allocate(bytes)), bytes_(bytes) {}
-  ~Buffer() { reset(); }
-  Buffer(Buffer&& other) noexcept { *this = static_cast<Buffer&&>(other); }
-  Buffer& operator=(Buffer&& other) noexcept;
-  void reset() noexcept;
-  void* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  const KernelTable* table_ = nullptr;
-  void* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
 
 // Packed sequences, checked: token ids inside the vocabulary, no sequence longer than the positions, none empty.
 struct Batch {
@@ -74,6 +61,19 @@ struct BlockActivations {
   void *o = nullptr, *lse = nullptr, *x1 = nullptr, *mean2 = nullptr, *rstd2 = nullptr, *pre = nullptr;
 };
 
+// One step of generation: new tokens of some sequences, and which of them are followed by a draw.
+struct GenerationRows {
+  std::vector<std::int32_t> ids, positions;
+  std::vector<std::int32_t> cu_rows{0}, first_position;  // the rows of each sequence (segment), its first row's position
+  std::vector<void* const*> blocks;                      // of each segment: the cache blocks of its sequence
+  std::vector<std::int32_t> sources;                     // rows whose next token is drawn ...
+  std::vector<SampleSettings> settings;                  // ... and how
+};
+struct Draws {
+  std::vector<std::int32_t> tokens;  // -1: the logits were not finite
+  std::vector<double> logprobs, support_logprobs;
+};
+
 class Graph {
  public:
   std::int64_t tokens() const { return tokens_; }
@@ -87,6 +87,8 @@ class Graph {
   Options options_;
   Buffer memory_;
   std::shared_ptr<const RotaryCache> rotary_;
+  const PackedWeights* packed_ = nullptr;     // generation only: weights in streaming order ...
+  const GenerationRows* rows_due_ = nullptr;  // ... and the cache that the attention reads
   std::vector<BlockActivations> blocks_;
   void *x_out_ = nullptr, *mean_ = nullptr, *rstd_ = nullptr, *hidden_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
   void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr;
@@ -106,6 +108,12 @@ class Transformer {
   // scalar head. values [tokens].
   std::unique_ptr<Graph> values(const Batch& batch, const void* params, const Options& options, void* values);
 
+  // Every matrix in streaming order, for generate_step. With half: as bfloat16, exact where params were rounded to it.
+  std::shared_ptr<const PackedWeights> pack(const void* params, bool half, int threads, void (*poll)()) const;
+  // lm head. Runs the rows through all blocks, appends their keys and values to the cache and draws.
+  void generate_step(const GenerationRows& rows, const void* params, const PackedWeights& packed, int threads, void (*poll)(),
+                     Draws& draws);
+
   // Adds d loss / d params to grads. Once a graph; the parameters must be those of the forward.
   void backward_score(Graph& graph, const void* params, void* grads, const void* d_logprobs, const void* d_entropy, int threads,
                       void (*poll)());
@@ -121,11 +129,13 @@ class Transformer {
   std::int64_t activation_bytes(std::int64_t tokens, std::int64_t sequences, const Options& options) const;
 
  private:
-  struct Plan;
   struct Stack;
   void check(const Batch& batch) const;
   void lay_out(Graph& graph, Plan& plan) const;
   std::unique_ptr<Graph> forward(const Batch& batch, const void* params, const Options& options);
+  void run_blocks(Graph& graph, const void* params, const Options& options);
+  void attend(const Graph& g, std::size_t index, const void* queries, std::int64_t qk_row, const BlockActivations& a,
+              int threads) const;
   void forward_block(const Graph& g, std::size_t index, const void* params, const BlockActivations& a, void* x_next,
                      int threads) const;
   void backward_block(const Graph& g, std::size_t index, const void* params, void* grads, const BlockActivations& a,

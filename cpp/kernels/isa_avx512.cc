@@ -6,6 +6,7 @@
 
 #include "core/memory.h"
 #include "core/parallel.h"
+#include "core/philox.h"
 #include "kernels/table.h"
 
 namespace tutelage {
@@ -13,6 +14,7 @@ namespace {
 using std::int32_t;
 using std::int64_t;
 using std::size_t;
+using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 using real = float;

@@ -4,6 +4,7 @@
 
 #include "core/memory.h"
 #include "core/parallel.h"
+#include "core/philox.h"
 #include "kernels/table.h"
 
 namespace tutelage {
@@ -11,6 +12,7 @@ namespace {
 using std::int32_t;
 using std::int64_t;
 using std::size_t;
+using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 using real = double;

@@ -39,6 +39,8 @@ struct Matmul {
   std::int64_t activated_row = 0;
   const void* pre = nullptr;
   std::int64_t pre_row = 0;
+  const void* packed = nullptr;  // B as pack_weight leaves it (b is not looked at); not for the backward activations
+  bool packed_half = false;      // of bfloat16
 };
 
 }  // namespace tutelage

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "kernels/adamw.h"
+#include "kernels/cached_attention.h"
 #include "kernels/ceilings.h"
 #include "kernels/column_sum.h"
 #include "kernels/embedding.h"
@@ -17,8 +18,10 @@
 #include "kernels/layer_norm.h"
 #include "kernels/linear_logprob.h"
 #include "kernels/matmul.h"
+#include "kernels/pack_weight.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
+#include "kernels/sample.h"
 #include "kernels/swiglu.h"
 #include "kernels/total.h"
 
@@ -45,6 +48,9 @@ struct KernelTable {
   void (*embedding_backward)(const EmbeddingBackward&, int threads);
   void (*linear_logprob)(const LinearLogprob&, int threads);
   void (*linear_logprob_backward)(const LinearLogprobBackward&, int threads);
+  void (*pack_weight)(const PackWeight&, int threads);
+  void (*cached_attention)(const CachedAttention&, int threads);
+  void (*sample)(const Sample&, int threads);
   void (*adamw)(const AdamW&, int threads);
   void (*total)(const Total&, int threads);
   void (*sum_of_squares)(const SumOfSquares&, int threads);
@@ -56,6 +62,7 @@ struct KernelTable {
   void (*copy)(void* to, const void* from, std::size_t bytes);
   void (*zero)(void* to, std::size_t bytes);
   void (*from_float)(void* to, const float* from, std::int64_t n);
+  double (*to_double)(const void* from, std::int64_t index);  // one element, brought to the host
 };
 
 // The levels. Declared for all machines, defined where the machine has them: levels() in select.h names those.

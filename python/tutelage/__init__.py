@@ -18,17 +18,23 @@ if TYPE_CHECKING:
     from tutelage.model import Score as Score
     from tutelage.optimizer import AdamW as AdamW
     from tutelage.optimizer import NonFiniteGradientError as NonFiniteGradientError
+    from tutelage.rollouts import Interrupted as Interrupted
+    from tutelage.rollouts import Rollouts as Rollouts
+    from tutelage.rollouts import StreamedToken as StreamedToken
 
 __version__ = importlib.metadata.version("tutelage")
 
 # Name -> module. Loaded on first use (PEP 562): `tutelage --help` need not wait for torch.
 _HOMES = {
     "AdamW": "optimizer",
+    "Interrupted": "rollouts",
     "Model": "model",
     "ModelConfig": "config",
     "NonFiniteGradientError": "optimizer",
     "PackedBatch": "batch",
+    "Rollouts": "rollouts",
     "Score": "model",
+    "StreamedToken": "rollouts",
     "Tokenizer": "data.tokenizer",
     "pack": "batch",
     "train_tokenizer": "data.tokenizer",

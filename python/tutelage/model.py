@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tutelage.batch import PackedBatch
 from tutelage.config import Head, ModelConfig
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.hub import hugging_face
+from tutelage.rollouts import PREFILL_CHUNK, Generation, GenerationSettings, Rollouts, StreamedToken
 
 LOGITS_BUDGET = 256 * 2**20
 """Bytes of logits kept between forward and backward; more are computed again, a block of tokens at a time."""
@@ -41,6 +42,8 @@ class Model:
         seed: of the initial weights (Philox: the same bits on every machine and ISA level).
         device: "cpu".
         head: "lm" (token log-probs) or "scalar" (a value after every token: critics, reward models).
+        weights: "float32"; or "bfloat16": every matrix is used rounded to bfloat16 (by score, backward and generate alike, in
+            float32 arithmetic), while ``params`` keeps full precision for the optimizer. Generation then reads half as much.
         dtype: torch.float32, or torch.float64 for gradient checks (the scalar kernels, built for double).
         recompute: keep only each block's input between forward and backward and run the block again: less memory, a third
             more arithmetic, the same bits.
@@ -55,6 +58,7 @@ class Model:
         seed: int = 0,
         device: str = "cpu",
         head: Head = "lm",
+        weights: Literal["float32", "bfloat16"] = "float32",
         *,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
@@ -66,6 +70,10 @@ class Model:
             raise ValueError(f"device must be 'cpu' (this build has no other backend), but it is {device!r}")
         if head not in ("lm", "scalar"):
             raise ValueError(f"head must be 'lm' or 'scalar', but it is {head!r}")
+        if weights not in ("float32", "bfloat16"):
+            raise ValueError(f"weights must be 'float32' or 'bfloat16', but it is {weights!r}")
+        if weights == "bfloat16" and dtype == torch.float64:
+            raise ValueError("weights='bfloat16' goes with dtype=torch.float32")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, but it is {dtype}")
         if dtype == torch.float64 and level is not None:
@@ -78,6 +86,8 @@ class Model:
         self.head: Head = head
         self.device = torch.device(device)
         self.dtype = dtype
+        self.weights: Literal["float32", "bfloat16"] = weights
+        self.eos_token_ids: tuple[int, ...] = ()
         self.recompute = recompute
         self.logits_budget = logits_budget
         self.tokenizer: Tokenizer | None = None
@@ -89,6 +99,9 @@ class Model:
             self._engine.initialise(initial, seed, torch.get_num_threads())
             self.params = initial.to(dtype)
         self._places = {name: (offset, shape) for name, offset, shape, _ in self._engine.parameters()}
+        # Copies made from the parameters, with the version of the parameters that they are of.
+        self._rounded: tuple[int, Tensor] | None = None
+        self._packed: tuple[int, _core.PackedWeights] | None = None
         self._grads: Tensor | None = None
         self._grads_seen = False
         # What autograd hangs our graphs on: the parameters themselves are leaves that the engine, not autograd, adds to.
@@ -129,6 +142,99 @@ class Model:
     def activation_bytes(self, tokens: int, sequences: int, *, keep: bool = True) -> int:
         """Bytes of activations of one forward over so many tokens, kept for a backward (or only needed meanwhile)."""
         return self._engine.activation_bytes(tokens, sequences, keep, self.recompute, self.logits_budget)
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int] | Tensor],
+        max_new_tokens: int | Sequence[int] = 128,
+        samples_per_prompt: int = 1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
+        prefill_chunk: int = PREFILL_CHUNK,
+        kv_cache_bytes: int | None = None,
+        share_prefixes: bool = True,
+    ) -> Rollouts:
+        """Completions of every prompt, with the log-probs that :meth:`score` gives them, bit for bit.
+
+        Args:
+            prompts: lists of token ids, or texts where the model has a tokenizer (nothing is added to them).
+            max_new_tokens: at most so many; one number or one a prompt. Never more than the context leaves.
+            samples_per_prompt: completions of each; the prompt is computed once for all.
+            temperature: logits are divided by it; 0: greedy, the largest logit, ties to the smallest id, log-probs at 1.
+            top_k, top_p, min_p: cut the distribution, in this order: the top_k largest (0: all); of those the fewest that
+                reach probability top_p; of those every one of at least min_p times the best's probability. Ties stay.
+            stop_token_ids: end a row (None: the model's eos ids). The token is part of the row.
+            stop_strings: end a row when its text holds one of them, across tokens and inside characters.
+            seed: of the noise; one number or one a prompt. Equal prompts in one call are further samples: they differ.
+            prefill_chunk: tokens of prompts in one step. kv_cache_bytes: for keys and values (None: half of the free
+                memory). share_prefixes: compute common beginnings once. None of these changes a bit.
+
+        Raises:
+            ValueError: naming the argument, or the prompt that is empty, too long or can never fit kv_cache_bytes.
+            Interrupted: Ctrl-C; its ``partial`` holds what there is.
+        """
+        generation = Generation(
+            self,
+            prompts,
+            GenerationSettings(
+                max_new_tokens,
+                samples_per_prompt,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                stop_token_ids,
+                stop_strings,
+                seed,
+                prefill_chunk,
+                kv_cache_bytes,
+                share_prefixes,
+            ),
+        )
+        while generation.step():
+            pass
+        return generation.rollouts()
+
+    def generate_stream(
+        self, prompts: Sequence[str | Sequence[int] | Tensor], max_new_tokens: int | Sequence[int] = 128, **settings: Any
+    ) -> Iterator[StreamedToken]:
+        """The tokens of :meth:`generate` as they come, the rows' in turn; takes the same arguments."""
+        generation = Generation(self, prompts, GenerationSettings(max_new_tokens, **settings))
+        while generation.step():
+            yield from generation.streamed()
+
+    def free_caches(self) -> None:
+        """Gives back the copies of the weights that generation made; the next one makes them again."""
+        self._packed = self._rounded = None
+        _core.free_cached_memory()
+
+    def _weights(self) -> Tensor:
+        """What the kernels multiply by: the parameters, or their matrices rounded to bfloat16."""
+        if self.weights == "float32":
+            return self.params
+        version = self.params._version
+        if self._rounded is None or self._rounded[0] != version:
+            rounded = self.params.clone()
+            for _, offset, shape, matrix in self._engine.parameters():
+                if matrix:
+                    part = rounded[offset : offset + torch.Size(shape).numel()]
+                    part.copy_(part.bfloat16())
+            self._rounded = (version, rounded)
+        return self._rounded[1]
+
+    def _packed_weights(self) -> _core.PackedWeights:
+        version = self.params._version
+        if self._packed is None or self._packed[0] != version:
+            self._packed = None  # before the new one is made: never two at a time
+            self._packed = (version, self._engine.pack(self._weights(), self.weights == "bfloat16", torch.get_num_threads()))
+        return self._packed[1]
 
     # ---- parameters and gradients
 
@@ -218,6 +324,7 @@ class Model:
         other = Model(
             self.config,
             head=self.head,
+            weights=self.weights if dtype == torch.float32 else "float32",
             dtype=dtype,
             recompute=self.recompute,
             logits_budget=self.logits_budget,
@@ -225,7 +332,7 @@ class Model:
             _initialise=False,
         )
         other.params.copy_(self.params)
-        other.tokenizer = self.tokenizer
+        other.tokenizer, other.eos_token_ids = self.tokenizer, self.eos_token_ids
         return other
 
     @classmethod
@@ -252,17 +359,22 @@ class Model:
                 model._view(model.params, name).copy_(tensor)
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
+        model.eos_token_ids = hugging_face.read_eos_token_ids(folder)
+        if not model.eos_token_ids and model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
+            model.eos_token_ids = (model.tokenizer.eos_token_id,)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load."""
-        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        eos = self.eos_token_ids
+        if not eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            eos = (self.tokenizer.eos_token_id,)
         hugging_face.write_folder(
             folder,
             self.config,
             self.head,
             self.named_parameters(),
-            eos_token_ids=() if eos is None else (eos,),
+            eos_token_ids=eos,
             bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
         )
         if self.tokenizer is not None:
@@ -284,8 +396,9 @@ class _Score(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(batch.tokens.numel(), dtype=model.dtype)
         entropy = torch.empty_like(logprobs)
+        ctx.weights = model._weights()
         ctx.graph = model._engine.score(
-            model.params,
+            ctx.weights,
             batch.tokens,
             batch.cu_seqlens,
             logprobs,
@@ -305,7 +418,7 @@ class _Score(torch.autograd.Function):
         model: Model = ctx.model
         _check_unchanged(model, ctx.version)
         model._engine.backward_score(
-            ctx.graph, model.params, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads()
+            ctx.graph, ctx.weights, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads()
         )
         return None, None, None, None, None
 
@@ -314,8 +427,9 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, keep: bool) -> Tensor:
         values = torch.empty(batch.tokens.numel(), dtype=model.dtype)
+        ctx.weights = model._weights()
         ctx.graph = model._engine.values(
-            model.params,
+            ctx.weights,
             batch.tokens,
             batch.cu_seqlens,
             values,
@@ -332,6 +446,6 @@ class _Values(torch.autograd.Function):
         model: Model = ctx.model
         _check_unchanged(model, ctx.version)
         model._engine.backward_values(
-            ctx.graph, model.params, model._grad_buffer(), d_values.contiguous(), torch.get_num_threads()
+            ctx.graph, ctx.weights, model._grad_buffer(), d_values.contiguous(), torch.get_num_threads()
         )
         return None, None, None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,16 @@ _TOKENIZER = "tokenizer.json"
 _TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Where the ids of special tokens are looked up when the files above do not name them.
 _MODEL_FILES = ("generation_config.json", "config.json")
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes are themselves, the others follow from U+0100 on (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,26 @@ class Tokenizer:
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"token id {number} at position {position} is outside the vocabulary of {self.vocab_size}")
         return self.backend.decode(numbers, skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for in running text, by id; b"" for ids that no token has.
+
+        Raises ValueError for a tokenizer whose tokens are neither byte-level (GPT-2, Llama 3, Qwen) nor SentencePiece's.
+        """
+        decoder = json.dumps(json.loads(self.backend.to_str()).get("decoder"))
+        added = set(self.backend.get_added_tokens_decoder())
+        spelled = [b""] * self.vocab_size
+        for token, number in self.backend.get_vocab(with_added_tokens=True).items():
+            if number in added:
+                spelled[number] = token.encode()
+            elif '"ByteLevel"' in decoder:
+                spelled[number] = bytes(_BYTE_OF[character] for character in token)
+            elif "\u2581" in decoder:
+                byte = re.fullmatch("<0x([0-9A-F]{2})>", token) if '"ByteFallback"' in decoder else None
+                spelled[number] = bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
+            else:
+                raise ValueError("this tokenizer is neither byte-level nor SentencePiece's: what a token spells is not known")
+        return spelled
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into `folder`; `transformers.AutoTokenizer` can read them."""

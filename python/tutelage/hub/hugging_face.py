@@ -136,6 +136,24 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Head]:
     return config, head
 
 
+def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
+    """The ids that end a completion: generation_config.json's, or config.json's; () where neither names any.
+
+    Raises:
+        ValueError: naming the file whose eos_token_id is neither an id nor a list of ids.
+    """
+    for name in (GENERATION_CONFIG, CONFIG):
+        path = Path(folder) / name
+        value = _read_json(path).get("eos_token_id") if path.exists() else None
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(type(number) is not int or not 0 <= number <= _LARGEST_SIZE for number in ids):
+            raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, but it is {reprlib.repr(value)}")
+        return tuple(ids)
+    return ()
+
+
 @dataclass(frozen=True)
 class _Fields:
     """A JSON object of a file; every error names the file and the field. null is as good as absent."""
