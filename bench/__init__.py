@@ -1,4 +1,4 @@
-"""``tutelage bench kernels|train``: speeds as fractions of the machine's ceilings, as ratios to peers.
+"""``tutelage bench kernels|train|rollout``: speeds as fractions of the machine's ceilings, as ratios to peers.
 
 Ceilings, peers and ours are measured in one run, alternating, because machines change their speed by the
 hour. Nothing here imports torch before :func:`run`.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["KernelsConfig", "TrainConfig", "run"]
+__all__ = ["KernelsConfig", "RolloutConfig", "TrainConfig", "run"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,36 @@ class TrainConfig:
     json: Path | None = None
 
 
-def run(config: KernelsConfig | TrainConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Generation, prompt 64 and 128 new tokens on the SmolLM2-135M shape, against the roofline and transformers.
+
+    The roofline of a step is the larger of (bytes of weights, keys and values / memory read ceiling) and (flops / FMA peak),
+    both ceilings measured right before and after each window of steps.
+
+    Args:
+        batch: sequences at a time.
+        weights: how they are kept: float32, bfloat16.
+        rounds: windows of steps of each contender.
+        peers: measure transformers' generate too (float32 only; needs the package).
+        json: a file to write the JSON line to as well.
+    """
+
+    batch: tuple[int, ...] = (1, 8, 32, 128)
+    weights: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    rounds: int = 5
+    peers: bool = True
+    json: Path | None = None
+
+
+def run(config: KernelsConfig | TrainConfig | RolloutConfig) -> dict[str, Any]:
     """Measures, prints a table and one line of JSON, and returns what that line says.
 
     Raises:
         ValueError: naming a kernel or shape that there is none of; fewer than one round or step.
     """
-    from . import kernels, train
+    from . import kernels, rollout, train
 
+    if isinstance(config, RolloutConfig):
+        return rollout.run(config)
     return kernels.run(config) if isinstance(config, KernelsConfig) else train.run(config)

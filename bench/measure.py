@@ -93,6 +93,7 @@ class Measurement:
     """What came out of one case.
 
     Attributes:
+        unit: of the rates: the case's, or "tokens/s".
         ceiling: of the machine, in ``unit``, during this case.
         rates: contender -> work a second, in ``unit``.
         fractions: contender -> rate / ceiling beside it.
@@ -103,7 +104,7 @@ class Measurement:
     kernel: str
     phase: str
     shape: str
-    unit: Unit
+    unit: str
     ceiling: Spread
     rates: dict[str, Spread]
     fractions: dict[str, Spread]

@@ -52,6 +52,57 @@ Output run_matmul_transposed(const KernelTable& t) {  // dW = dY^T X: continues 
   return out;
 }
 
+Output run_matmul_packed(const KernelTable& t) {  // of few rows and of more than a tile, from float and bfloat16 panels
+  const std::vector<float> a = numbers(kTokens * kDepth, 1), b = numbers(kWidth * kDepth, 2);
+  Output out;
+  for (bool half : {false, true})
+    for (std::int64_t rows : {std::int64_t{3}, kTokens}) {
+      std::vector<float> panels(static_cast<std::size_t>(packed_weight_elements(kWidth, kDepth, false)));
+      t.pack_weight({kWidth, kDepth, b.data(), 1, kDepth, false, half, panels.data()}, 1);
+      out.emplace_back(static_cast<std::size_t>(rows * kWidth));
+      Matmul g;
+      g.m = rows, g.n = kWidth, g.k = kDepth, g.a = a.data(), g.a_row = kDepth, g.c = out.back().data(), g.c_row = kWidth;
+      g.packed = panels.data(), g.packed_half = half;
+      t.matmul(g, 1);
+    }
+  return out;
+}
+
+Output run_cached_attention(const KernelTable& t) {  // a chunk, then a token
+  const std::int64_t row = kHeads * kHeadDim, n = kTokens * row;
+  const std::vector<float> q = numbers(n, 1), k = numbers(n, 2), v = numbers(n, 3);
+  std::vector<float> block(static_cast<std::size_t>(cached_attention_elements(kHeads / 2, kHeadDim)));
+  Output out{std::vector<float>(static_cast<std::size_t>(n))};
+  void* places[] = {block.data()};
+  void* const* blocks[] = {places};
+  const std::int32_t last = static_cast<std::int32_t>(kTokens - 1), chunk[] = {0, last}, token[] = {0, 1}, start = 0;
+  CachedAttention c{kHeads, kHeads / 2, kHeadDim, 0,        0.2, 1,   chunk, &start,        blocks,
+                    0,      q.data(),   k.data(), v.data(), row, row, row,   out[0].data(), row};
+  t.cached_attention(c, 1);
+  c.cu_rows = token, c.first_position = &last;
+  c.q = q.data() + last * row, c.k = k.data() + last * row, c.v = v.data() + last * row, c.o = out[0].data() + last * row;
+  t.cached_attention(c, 1);
+  return out;
+}
+
+Output run_sample(const KernelTable& t) {
+  const std::vector<float> x = numbers(kTokens * kDepth, 1), w = numbers(kVocab * kDepth, 2);
+  SampleSettings settings[kTokens];
+  for (std::uint32_t i = 0; i < kTokens; ++i) {
+    settings[i].temperature = i == 0 ? 0.0 : 0.7, settings[i].top_k = i % 3 == 1 ? 5 : 0, settings[i].key = i;
+    settings[i].top_p = i % 3 == 2 ? 0.5 : 1.0;
+  }
+  std::int32_t tokens[kTokens];
+  Output out(3, std::vector<float>(static_cast<std::size_t>(kTokens)));
+  std::vector<float> z(static_cast<std::size_t>(kTokens * kVocab));
+  Sample s;
+  s.rows = kTokens, s.hidden = kDepth, s.vocab = kVocab, s.x = x.data(), s.weight = w.data(), s.settings = settings;
+  s.z = z.data(), s.tokens = tokens, s.logprob = out[0].data(), s.support_logprob = out[1].data();
+  t.sample(s, 1);
+  for (std::int64_t i = 0; i < kTokens; ++i) out[2][static_cast<std::size_t>(i)] = static_cast<float>(tokens[i]);
+  return out;
+}
+
 Output run_attention(const KernelTable& t) {
   const std::int32_t cu_seqlens[] = {0, 5, kTokens};
   const std::int64_t row = kHeads * kHeadDim, n = kTokens * row;
@@ -161,10 +212,13 @@ constexpr Check kChecks[] = {{"matmul", run_fused<Activation::none>},
                              {"matmul + gelu backward", run_fused<Activation::gelu_backward>},
                              {"matmul + swiglu backward", run_fused<Activation::swiglu_backward>},
                              {"matmul, transposed", run_matmul_transposed},
+                             {"matmul, packed", run_matmul_packed},
                              {"flash_attention", run_attention},
+                             {"cached_attention", run_cached_attention},
                              {"rms_norm, layer_norm, column_sum", run_norms},
                              {"element-wise kernels", run_elementwise},
-                             {"linear_logprob", run_linear_logprob}};
+                             {"linear_logprob", run_linear_logprob},
+                             {"sample", run_sample}};
 
 bool cpu_has_avx2() {
 #if defined(TUTELAGE_X86)

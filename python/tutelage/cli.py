@@ -50,6 +50,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.bench:TrainConfig",
         "tutelage.bench:run",
     ),
+    "bench rollout": Command(
+        "Measure generation against the roofline and transformers.",
+        "tutelage.bench:RolloutConfig",
+        "tutelage.bench:run",
+    ),
     "doctor": Command(
         "Say what this installation can do here: CPU, kernels, threads, libraries.",
         "tutelage.doctor:DoctorConfig",

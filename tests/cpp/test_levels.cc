@@ -51,8 +51,10 @@ const Wrong kWrong[] = {
     WRONG("element-wise kernels", embedding_backward, EmbeddingBackward, dtable),
     WRONG("element-wise kernels", adamw, AdamW, v),
     WRONG("element-wise kernels", total, Total, out),
+    WRONG("cached_attention", cached_attention, CachedAttention, o),
     WRONG("linear_logprob", linear_logprob, LinearLogprob, entropy),
     WRONG("linear_logprob", linear_logprob_backward, LinearLogprobBackward, dweight),
+    WRONG("sample", sample, Sample, logprob),
 };
 
 }  // namespace

@@ -277,3 +277,40 @@ TEST(nothing_to_do_writes_nothing) {
     CHECK(same_bits(before, x.c), g.name());
   }
 }
+
+// Whatever the rows, the bits of the product with the plain matrix; with bfloat16 panels, of the plain matrix rounded to it.
+TEST(a_packed_weight_gives_the_bits_of_the_plain_one) {
+  for (int64_t m : {1, 2, 7, 12, 13, 25, 40, 300})
+    for (auto [n, k] : {std::pair<int64_t, int64_t>{50, 23}, {576, 130}, {34, 800}})
+      for (Activation activation : {Activation::none, Activation::gelu, Activation::swiglu})
+        for (bool transposed : {false, true})
+          for (bool half : {false, true}) {
+            if (kSmall && (m == 300 || (k == 800 && m > 13))) continue;
+            Case g{m, n, k, activation, false, transposed};
+            g.bias = n == 50, g.residual = n == 34 && activation == Activation::none;
+            auto rounded = [&](const Source<float>& in) {
+              Operands<float> x(g, in);
+              for (float& value : x.b) {
+                std::uint32_t bits;
+                std::memcpy(&bits, &value, sizeof bits);
+                bits = half ? bits & 0xffff0000u : bits;
+                std::memcpy(&value, &bits, sizeof bits);
+              }
+              return x;
+            };
+            Operands<float> plain = rounded(Source<float>{});
+            scalar_table()->matmul(plain.call(g), 1);
+            for (const KernelTable* t : float_tables())
+              for (int threads : {1, 3}) {
+                Operands<float> x = rounded(Source<float>{});
+                const bool gate_up = activation == Activation::swiglu;
+                std::vector<float> panels = blank<float>(packed_weight_elements(n, k, gate_up));
+                Matmul call = x.call(g);
+                t->pack_weight({n, k, call.b, call.b_row, call.b_col, gate_up, half, panels.data()}, threads);
+                call.b = nullptr, call.packed = panels.data(), call.packed_half = half;
+                t->matmul(call, threads);
+                CHECK(same_bits(x.c, plain.c) && same_bits(x.activated, plain.activated), g.name(), t->name, "half", half,
+                      "threads", threads);
+              }
+          }
+}
