@@ -36,10 +36,11 @@ tsan:
 neon:
     cmake --preset neon && cmake --build --preset neon && ctest --preset neon
 
-# Kernels and the training step against the machine's ceilings and torch
+# Kernels, the training step and rollouts against the machine's ceilings and peers
 bench *args:
     tutelage bench kernels {{ args }}
     tutelage bench train {{ args }}
+    tutelage bench rollout {{ args }}
 
 # ruff, mypy, clang-format, weak symbols
 lint:

@@ -11,7 +11,7 @@
 // Order    flash_attention's: the same tiles of the same keys by the same code, so the same bits as scoring the sequence in
 //          one piece, however it was cut into chunks. Slots not yet written are never read by an arithmetic that counts.
 // Work     4 T heads d flops a row; reads T kv_heads 2 d elements of the cache once for a group of heads (decoding).
-// Test     tests/cpp/test_cached_attention.cc.   Benchmark  bench/kernels.py (cached_attention).
+// Test     tests/cpp/test_cached_attention.cc.   Benchmark  bench/rollout.py.
 #pragma once
 
 #include <cstdint>

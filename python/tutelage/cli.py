@@ -40,6 +40,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:PretrainConfig",
         "tutelage.train.pretrain:pretrain",
     ),
+    "generate": Command(
+        "Complete prompts with a model.",
+        "tutelage.train.configs:GenerateConfig",
+        "tutelage.train.generate:generate",
+    ),
     "bench kernels": Command(
         "Measure every kernel against torch and this machine's ceilings.",
         "tutelage.bench:KernelsConfig",
@@ -167,6 +172,7 @@ first steps:
   tutelage pretrain                  three minutes, and a model that predicts this Python's documentation
   tutelage pretrain --size tiny      the same in seconds
   tutelage pretrain --data books/    your own text
+  tutelage generate --prompt "The "  what the model has to say
 """
 
 

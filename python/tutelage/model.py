@@ -87,7 +87,7 @@ class Model:
         self.device = torch.device(device)
         self.dtype = dtype
         self.weights: Literal["float32", "bfloat16"] = weights
-        self.eos_token_ids: tuple[int, ...] = ()
+        self._eos_token_ids: tuple[int, ...] = ()
         self.recompute = recompute
         self.logits_budget = logits_budget
         self.tokenizer: Tokenizer | None = None
@@ -144,6 +144,17 @@ class Model:
         return self._engine.activation_bytes(tokens, sequences, keep, self.recompute, self.logits_budget)
 
     # ---- generation
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: those that were set (``from_pretrained`` sets the folder's), else the tokenizer's."""
+        if self._eos_token_ids or self.tokenizer is None or self.tokenizer.eos_token_id is None:
+            return self._eos_token_ids
+        return (self.tokenizer.eos_token_id,)
+
+    @eos_token_ids.setter
+    def eos_token_ids(self, ids: Sequence[int]) -> None:
+        self._eos_token_ids = tuple(ids)
 
     def generate(
         self,
@@ -332,7 +343,7 @@ class Model:
             _initialise=False,
         )
         other.params.copy_(self.params)
-        other.tokenizer, other.eos_token_ids = self.tokenizer, self.eos_token_ids
+        other.tokenizer, other._eos_token_ids = self.tokenizer, self._eos_token_ids
         return other
 
     @classmethod
@@ -360,21 +371,16 @@ class Model:
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
         model.eos_token_ids = hugging_face.read_eos_token_ids(folder)
-        if not model.eos_token_ids and model.tokenizer is not None and model.tokenizer.eos_token_id is not None:
-            model.eos_token_ids = (model.tokenizer.eos_token_id,)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load."""
-        eos = self.eos_token_ids
-        if not eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            eos = (self.tokenizer.eos_token_id,)
         hugging_face.write_folder(
             folder,
             self.config,
             self.head,
             self.named_parameters(),
-            eos_token_ids=eos,
+            eos_token_ids=self.eos_token_ids,
             bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
         )
         if self.tokenizer is not None:

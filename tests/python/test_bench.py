@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tutelage.bench import KernelsConfig, TrainConfig, ceilings, kernels, measure, memory, peers, train
+from tutelage.bench import KernelsConfig, RolloutConfig, TrainConfig, ceilings, kernels, measure, memory, peers, rollout, train
 from tutelage.bench.measure import Case, Plan
 
 from tutelage import _core, bench
@@ -309,6 +310,37 @@ def test_bench_train_without_peers(tiny: None, capsys: pytest.CaptureFixture[str
     check(result, capsys.readouterr().out)
     (row,) = result["results"]
     assert row["shape"] == "llama" and row["ratios"] == {} and "peak GiB" not in row["extra"]
+
+
+def test_bench_rollout(tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "SMOLLM2_135M", dataclasses.replace(TINY_LLAMA.config, max_position_embeddings=1024))
+    monkeypatch.setattr(rollout, "WINDOW_SECONDS", 0.01)
+    line = bench.run(RolloutConfig(batch=(1, 3), rounds=2))
+    check(line, capsys.readouterr().out)
+    cases = [(m["phase"], m["shape"], m["unit"]) for m in line["results"]]
+    assert cases == [
+        (phase, f"{what} {weights}", unit)
+        for weights in ("float32", "bfloat16")
+        for phase, what, unit in (
+            ("prefill", "4x512", "GFLOP/s"),
+            ("decode", "batch 1", "tokens/s"),
+            ("decode", "batch 3", "tokens/s"),
+        )
+    ]
+    for m in line["results"]:
+        decode_float32 = m["phase"] == "decode" and m["shape"].endswith("float32")
+        assert set(m["ratios"]) == ({"transformers"} if decode_float32 else set())
+        assert m["rates"]["ours"]["median"] > 0 and m["fractions"]["ours"]["median"] > 0
+    with pytest.raises(ValueError, match=r"each at least 1, but it is \(0,\)"):
+        bench.run(RolloutConfig(batch=(0,)))
+
+
+def test_work_of_a_decoding_step_by_hand() -> None:
+    model = Model(rollout.SMOLLM2_135M)
+    # 30 layers x (576 x 960 + 576 x 576 + 3 x 576 x 1536) + 49152 x 576 weights; 9 heads of 64, 3 of keys and values
+    weights = 30 * (576 * 960 + 576 * 576 + 3 * 576 * 1536) + 49152 * 576
+    assert rollout.flops_of_token(model, 100) == 2 * weights + 4 * 30 * 9 * 64 * 100
+    assert rollout.bytes_of_step(model, 8, 100) == 4 * weights + 8 * 100 * 30 * 2 * 3 * 64 * 4
 
 
 def test_unknown_names() -> None:

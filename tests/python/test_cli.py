@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tutelage import Tokenizer, __version__, _core
+from tutelage import Model, ModelConfig, Tokenizer, __version__, _core, train_tokenizer
 from tutelage.cli import COMMANDS, main, parse
 from tutelage.doctor import DoctorConfig, doctor, level_finding, openmp_finding
+from tutelage.rollouts import Generation, Interrupted
 from tutelage.train.configs import PretrainConfig
 
 
@@ -245,3 +246,90 @@ assert main(["doctor"]) == 0
 """
     )
     assert "! torch" in printed and "cannot be imported: libtorch.so" in printed
+
+
+# --- generate -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model and its tokenizer."""
+    tokenizer = train_tokenizer(["one two three [four] five " * 4], 280)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = Model(config)
+    model.tokenizer = tokenizer
+    folder = tmp_path_factory.mktemp("speaker")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_generate_prints_and_writes(speaker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "two"}\n\n{"prompt": "[three]", "other": 1}\n')
+    common = ["generate", "--model", str(speaker), "--max_new_tokens", "9", "--prompts_file", str(tmp_path / "prompts.jsonl")]
+    assert main([*common, "--prompt", "one"]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("one", "two", "[three]", "3 rows, ")) and "tokens/s" in printed
+    output, figures = tmp_path / "out.jsonl", tmp_path / "figures.json"
+    assert main([*common, "--output", str(output), "--samples_per_prompt", "2", "--json", str(figures)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["two", "two", "[three]", "[three]"]
+    model = Model.from_pretrained(speaker)
+    expected = model.generate(["two", "[three]"], 9, samples_per_prompt=2)
+    assert [row["tokens"] for row in rows] == [tokens.tolist() for tokens in expected.tokens]
+    assert [row["text"] for row in rows] == expected.texts
+    assert [row["finish_reason"] for row in rows] == expected.finish_reasons
+    assert rows[0]["logprobs"] == expected.logprobs[0].tolist()
+    assert json.loads(figures.read_text())["tokens"] == sum(expected.lengths)
+
+
+def test_generate_hands_over_what_there_is_at_ctrl_c(
+    speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, steps = Generation.step, 0
+
+    def step(self: Generation) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise Interrupted(self.rollouts())
+        return whole(self)
+
+    monkeypatch.setattr(Generation, "step", step)
+    output = tmp_path / "out.jsonl"
+    assert main(["generate", "--model", str(speaker), "--prompt", "one", "--output", str(output)]) == 130
+    assert json.loads(output.read_text())["finish_reason"] == "interrupted"
+    assert "interrupted after 0 of 1 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{]", "line 1 is not valid JSON"),
+        ('{"prompt": "x"}\n{"text": "y"}', 'line 2 must be an object with a text field "prompt"'),
+        ("", "there is no prompt; pass --prompt 'Once upon a time', or --prompts_file FILE.jsonl"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    speaker: Path, tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    assert main(["generate", "--model", str(speaker), "--prompts_file", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_cannot_read_text(
+    speaker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model.from_pretrained(speaker)
+    model.tokenizer = None
+    model.save_pretrained(tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "one"]) == 2
+    assert "holds no tokenizer.json, so text cannot become tokens" in capsys.readouterr().err

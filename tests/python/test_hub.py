@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tutelage import files
 from tutelage.config import ModelConfig
 from tutelage.files import Disk, Operation
-from tutelage.hub.hugging_face import CONFIG, INDEX, WEIGHTS, read_config, read_tensors, write_folder
+from tutelage.hub.hugging_face import CONFIG, INDEX, WEIGHTS, read_config, read_eos_token_ids, read_tensors, write_folder
 
 SIZES = {
     "vocab_size": 61,
@@ -782,3 +782,20 @@ def test_writing_copies_no_weights(tmp_path: Path) -> None:
 
     write_folder(tmp_path, ModelConfig(**SIZES), "lm", {"x": tensor}.items(), disk=Disk(observe))
     assert addresses and all(0 <= at - tensor.data_ptr() < tensor.nbytes for at in addresses)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [(None, None, ()), (None, 7, (7,)), ([3, 4], 7, (3, 4)), (None, [], ())],
+)
+def test_the_ids_that_end_a_completion(tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": config}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert read_eos_token_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["2", -1, [1, None], 2**31, True])
+def test_ids_that_cannot_end_a_completion(tmp_path: Path, value: Any) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=f"{CONFIG}: eos_token_id must be a token id or a list of them, but it is"):
+        read_eos_token_ids(tmp_path)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from tutelage.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -220,3 +222,25 @@ def test_damaged_files_give_an_error_or_a_tokenizer(
         assert "tokenizer.json" in str(error)
     else:
         assert read.vocab_size > 0
+
+
+def test_the_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
+    spelled = tokenizer.token_bytes()
+    assert len(spelled) == tokenizer.vocab_size and tokenizer.eos_token_id is not None
+    assert spelled[tokenizer.eos_token_id] == b"<|endoftext|>"
+    for text in ("plain text", "naïve 猫\n\t\0", "\u00a0 ½"):
+        assert b"".join(spelled[number] for number in tokenizer.encode(text)) == text.encode()
+
+
+def test_the_bytes_of_sentencepiece_tokens() -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"<0x0A>": 0, "\u2581a": 1, "b": 2}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made = Tokenizer._from_contents({"tokenizer.json": backend.to_str().encode()}, "test")
+    assert made.token_bytes() == [b"\n", b" a", b"b"]
+
+
+def test_tokens_of_unknown_spelling() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}))
+    made = Tokenizer._from_contents({"tokenizer.json": backend.to_str().encode()}, "test")
+    with pytest.raises(ValueError, match="neither byte-level nor SentencePiece's"):
+        made.token_bytes()

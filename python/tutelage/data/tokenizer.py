@@ -119,7 +119,7 @@ class Tokenizer:
 
         Raises ValueError for a tokenizer whose tokens are neither byte-level (GPT-2, Llama 3, Qwen) nor SentencePiece's.
         """
-        decoder = json.dumps(json.loads(self.backend.to_str()).get("decoder"))
+        decoder = json.dumps(json.loads(self.backend.to_str()).get("decoder"), ensure_ascii=False)
         added = set(self.backend.get_added_tokens_decoder())
         spelled = [b""] * self.vocab_size
         for token, number in self.backend.get_vocab(with_added_tokens=True).items():

@@ -165,6 +165,46 @@ class TokenizerConfig:
     """Write the figures (tokens, bytes per token) to this file."""
 
 
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Complete prompts with a model.
+
+    What a prompt becomes depends on the weights, the settings, the seed and the number of the sample alone, not on the other
+    prompts; its log-probs are the bits that training sees.
+    """
+
+    model: str = "runs/pretrain/model"
+    """Folder of the model and its tokenizer, as `tutelage pretrain` writes it or from Hugging Face."""
+    prompt: tuple[str, ...] = ()
+    """Texts to complete."""
+    prompts_file: str | None = None
+    """More of them: a JSONL file, one object with a text field "prompt" a line."""
+    output: str | None = None
+    """Write the completions to this JSONL file (prompt, text, finish_reason, tokens, logprobs); None: print them."""
+    max_new_tokens: int = 128
+    """At most so many tokens each; the end-of-text token ends a completion before."""
+    samples_per_prompt: int = 1
+    """Completions of each prompt, all different."""
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 the likely becomes likelier. 0: always the likeliest token."""
+    top_k: int = 0
+    """Draw among the so many likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    seed: int = 0
+    """Of the draws."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: round the matrices; half the memory to read, so faster for few prompts at a time."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values; more prompts than fit wait their turn. None: half of what is free."""
+    json: str | None = None
+    """Write the figures (rows, tokens, tokens a second) to this file."""
+
+
 def at_least(config: object, name: str, least: int) -> None:
     """Raises ValueError naming the field of `config` that is below `least`."""
     if not getattr(config, name) >= least:

@@ -130,6 +130,7 @@ def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str]
             if step % config.eval_steps == 0 or step == config.max_steps:
                 bits = held_out_bits_per_byte(model, held_out, config.context, config.micro_batch_tokens)
                 _log_bits(run, bits)
+                _show_sample(run, model, held_out)
             state = {"cursor": dataclasses.asdict(cursor), "tokens": tokens, "bits": bits}
             run.end_step(model, optimizer, state)
 
@@ -212,6 +213,19 @@ def _log_bits(run: Run, bits: Mapping[str, float]) -> None:
         several = {f"eval_bits_per_byte/{name}": value for name, value in bits.items() if name != "all"}
         run.write_metrics({"eval_bits_per_byte": bits["all"], **(several if len(several) > 1 else {})})
         run.say(f"step {run.step}: {bits['all']:.3f} bits per byte on the held-out documents")
+
+
+def _show_sample(run: Run, model: Model, held_out: list[HeldOut]) -> None:
+    """How the model goes on from the beginning of a document that it has not read; the same draw every time."""
+    tokenizer = model.tokenizer
+    if not held_out or tokenizer is None:
+        return
+    prompt = tokenizer.encode(held_out[0].documents[0][:60])
+    room = model.config.max_position_embeddings // 2
+    sample = model.generate([prompt[:room]], max_new_tokens=min(40, room), temperature=0.7)
+    model.free_caches()
+    assert sample.texts is not None
+    run.say(f"  {tokenizer.decode(prompt[:room])!r} … {sample.texts[0]!r}")
 
 
 def _baselines(held_out: list[HeldOut]) -> dict[str, float]:
