@@ -7,7 +7,7 @@ rows, their order, the threads, or how prompts are cut into chunks. Its log-prob
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -245,11 +245,15 @@ def _ids(model: Model, row: int, prompt: str | Sequence[int] | Tensor) -> list[i
         if model.tokenizer is None:
             raise ValueError(f"prompt {row} is text, but this model has no tokenizer (model.tokenizer); pass token ids")
         return model.tokenizer.encode(prompt)
-    return [int(number) for number in prompt]
+    ids = [int(number) for number in prompt]
+    for position, number in enumerate(ids):  # the engine names an id outside the vocabulary, if it is an int32 at all
+        if not -(2**31) <= number < 2**31:
+            raise ValueError(f"prompt {row} holds {number} at position {position}, which is no token id")
+    return ids
 
 
 def _per_prompt(name: str, value: int | Sequence[int], prompts: int, least: int) -> list[int]:
-    values = [value] * prompts if isinstance(value, int) else [int(entry) for entry in value]
+    values = [int(entry) for entry in value] if isinstance(value, Iterable) else [int(value)] * prompts
     if len(values) != prompts:
         raise ValueError(f"{name} must be one number or one for every prompt ({prompts}), but there are {len(values)}")
     for row, entry in enumerate(values):

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from models_for_tests import backward, batch_for, forward_bits, gradient_bits, randn, threads
+from models_for_tests import backward, batch_for, bits, forward_bits, gradient_bits, randn, threads
 from tutelage import Model, ModelConfig, PackedBatch, _core
+from tutelage.rollouts import Generation, GenerationSettings, Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,3 +91,23 @@ def test_ctrl_c_ends_a_long_call(direction: str, count: int) -> None:
                 backward(model, batch)
     assert forward_bits(model, batch) == expected[0]
     assert gradient_bits(model, batch) == expected[1]
+
+
+def test_ctrl_c_in_the_middle_of_a_generation_step() -> None:
+    """The step is done again, not lost: what comes out afterwards has the bits of a generation that nobody stopped."""
+    model = deep_model()
+    prompts = [[row] * 100 for row in range(8)]
+    expected = model.generate(prompts, 4)
+    before = allocations()
+    Generation(model, prompts, GenerationSettings(4, prefill_chunk=1000)).step()
+    complete = allocations() - before
+    generation = Generation(model, prompts, GenerationSettings(4, prefill_chunk=1000))
+    before = allocations()
+    with pytest.raises(Interrupted, match=r"^interrupted after 0 of 8 rows$") as caught, ctrl_c_after(before + complete // 10):
+        generation.step()
+    assert complete // 10 <= allocations() - before < complete, "before its end"
+    assert caught.value.partial.lengths == [0] * 8
+    while generation.step():
+        pass
+    for ours, theirs in ((generation.rollouts().tokens, expected.tokens), (generation.rollouts().logprobs, expected.logprobs)):
+        assert bits(*ours) == bits(*theirs)

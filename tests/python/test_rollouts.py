@@ -404,6 +404,7 @@ def bad_calls() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"prompts": [[]]}, "prompt 0 is empty; give it at least one token (a beginning-of-text token, say)"
     yield {"prompts": [[1], [2] * 321]}, "prompt 1 has 321 tokens, more than max_position_embeddings = 320; cut it"
     yield {"prompts": [[1, 999]]}, "prompt 0 holds token id 999 at position 1, but the vocabulary has 275 ids"
+    yield {"prompts": [[1, 2**31]]}, "prompt 0 holds 2147483648 at position 1, which is no token id"
     yield {"prompts": ["text"]}, "prompt 0 is text, but this model has no tokenizer (model.tokenizer); pass token ids"
     yield {"kv_cache_bytes": 10}, "prompt 0 and its new tokens (1 + 128) need 65536 bytes of cache, but kv_cache_bytes is 10"
     yield {"temperature": -1.0}, "temperature must be 0 (greedy) or positive, but it is -1.0"
