@@ -7,7 +7,7 @@
 // last one is copied, when the resident one has come that far.
 //
 // step() may throw (Ctrl-C, out of memory): nothing is lost then, and the next step() does the same work again.
-// Test: tests/python/test_rollouts.py.   Benchmark: bench/rollout.py.
+// Test: tests/cpp/test_generator.cc, tests/python/test_rollouts.py.   Benchmark: bench/rollout.py.
 #pragma once
 
 #include <cstdint>

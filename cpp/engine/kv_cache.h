@@ -1,7 +1,6 @@
 // Keys and values of the sequences that are being generated, in blocks of kCacheBlock positions (all layers of a position lie
 // in one block), within a budget of bytes. A sequence reserves every block that it may come to need before it starts, so none
-// is ever preempted; blocks are shared by reference count. Test: tests/python/test_rollouts.py
-// (small budgets, memory afterwards).
+// is ever preempted; blocks are shared by reference count. Test: tests/cpp/test_generator.cc.
 #pragma once
 
 #include <cstdint>
