@@ -220,20 +220,10 @@ constexpr Check kChecks[] = {{"matmul", run_fused<Activation::none>},
                              {"linear_logprob", run_linear_logprob},
                              {"sample", run_sample}};
 
-bool cpu_has_avx2() {
 #if defined(TUTELAGE_X86)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool cpu_has_avx512() { return __builtin_cpu_supports("avx512f") && cpu_has_avx2(); }
 #endif
-}
-bool cpu_has_avx512() {
-#if defined(TUTELAGE_X86)
-  return __builtin_cpu_supports("avx512f") && cpu_has_avx2();
-#else
-  return false;
-#endif
-}
 
 const KernelTable* choose() {
   if (const char* wanted = std::getenv("TUTELAGE_ISA"); wanted != nullptr && *wanted != '\0') return &find_table(wanted);
