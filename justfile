@@ -16,7 +16,7 @@ test *args:
 slow *args:
     python -m pytest -m slow {{ args }}
 
-# The long ones: a hundred kills, a million mutated files, two thousand steps without a leak; an hour or two
+# The long ones: a hundred kills, half a million mutated files, two thousand steps without a leak; an hour or two
 soak *args:
     python -m pytest -m soak {{ args }}
 

@@ -74,7 +74,7 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 _TRACEBACK = "TUTELAGE_TRACEBACK"
 
 # How often an OpenMP thread looks again before it goes to sleep. libgomp's own 300,000 (about a millisecond) holds a core that
-# another process needs: on a busy machine training is three to five times slower with it, on a quiet one 0 to 2 % faster. Read
+# another process needs: on a busy machine training is three to five times slower with it, on a quiet one not faster. Read
 # when torch is imported; the user's own setting wins.
 _OPENMP_SPINS = ("GOMP_SPINCOUNT", "1000")
 
