@@ -37,7 +37,7 @@ struct LinearLogprobBackward {
   const std::int32_t *targets = nullptr, *index = nullptr;
   double temperature = 1.0;
   void* z = nullptr;            // kept logits, overwritten; null: computed again
-  std::int64_t block_rows = 0;  // rows at a time when computed again
+  std::int64_t block_rows = 0;  // at most so many rows at a time when computed again
   const void *entropy = nullptr, *lse = nullptr, *d_logprob = nullptr, *d_entropy = nullptr;
   void *dx = nullptr, *dweight = nullptr;  // either may be null
   bool accumulate = true;                  // dweight continues from what it holds, else from 0
