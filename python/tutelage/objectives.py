@@ -62,7 +62,7 @@ def dpo(
     mean of −(1 − ε) log σ(h) − ε log σ(−h), h = β [(chosen − ref_chosen) − (rejected − ref_rejected)].
 
     ε = ``label_smoothing`` > 0 is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"): a label is taken
-    to be wrong with probability ε. With the policy equal to the reference h is exactly 0 and the loss log 2.
+    to be wrong with probability ε. With the policy equal to the reference h is exactly 0 and the loss of a pair log 2.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [P], log-probs of whole completions: ``batch.sum``.
@@ -513,7 +513,7 @@ def grpo_advantages(rewards: Tensor, group_size: int, scale: Literal["group", "n
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """r − mean of the group's other rewards: REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
+    """r − mean of the other rewards of its group: REINFORCE leave-one-out (Kool et al. 2019; arXiv 2402.14740, eq. 6).
 
     Arguments and result as for ``grpo_advantages``.
     """

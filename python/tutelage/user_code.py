@@ -42,7 +42,11 @@ def load_function(spec: str, option: str, parameters: Sequence[str]) -> Callable
     if not callable(function):
         raise ValueError(f"{option}: {spec} must be a function, but it is {reprlib.repr(function)}")
     try:
-        inspect.signature(function).bind(*parameters)
+        signature = inspect.signature(function)
+    except ValueError:  # compiled, and it does not say: its first call will
+        return function  # type: ignore[no-any-return]
+    try:
+        signature.bind(*parameters)
     except TypeError as error:
         raise ValueError(f"{option}: {spec} cannot be called as {name}({', '.join(parameters)}): {error}") from error
     return function  # type: ignore[no-any-return]
