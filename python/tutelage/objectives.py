@@ -211,7 +211,7 @@ def kto_z0(logps: Tensor, ref_logps: Tensor) -> float:
         logps, ref_logps: [P], log-probs of whole completions y_j after prompts x_i, j ≠ i, over the whole optimizer step.
     """
     _check_shapes(logps=logps, ref_logps=ref_logps)
-    return max(0.0, kernels.total((logps - ref_logps).detach().double()).item() / logps.numel())
+    return max(0.0, kernels.total((logps - ref_logps).double()).item() / logps.numel())
 
 
 # ---- what is logged
