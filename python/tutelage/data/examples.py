@@ -155,9 +155,7 @@ def load_prompts(
     raise NotImplementedError
 
 
-def split_examples(
-    examples: ExampleSet[Item], fraction: float, seed: int = 0
-) -> tuple[ExampleSet[Item], ExampleSet[Item]]:
+def split_examples(examples: ExampleSet[Item], fraction: float, seed: int = 0) -> tuple[ExampleSet[Item], ExampleSet[Item]]:
     """(training, held out)"""
     raise NotImplementedError
 
