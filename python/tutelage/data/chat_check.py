@@ -92,8 +92,8 @@ def masked_conversation(
     places = [index for index, message in enumerate(conversation) if message["role"] == "assistant"]
     if len(rendered.answers) < max(len(places), 1):
         raise ChatTemplateError(
-            f"the mask is empty or lacks an answer: the conversation has {len(places)} answers, {len(rendered.answers)} of them in "
-            f"the mask; {{% generation %}} … {{% endgeneration %}} must stand around each. It rendered\n{rendered.marked()}"
+            f"the mask is empty or lacks an answer: the conversation has {len(places)}, the mask {len(rendered.answers)}; "
+            f"{{% generation %}} and {{% endgeneration %}} must stand around each. It rendered\n{rendered.marked()}"
         )
     if places and places[-1] > 0:
         before = tokenizer.render_chat(conversation[: places[-1]], True, tools, template_options).text

@@ -125,7 +125,7 @@ def read_documents(sources: Sequence[Source | str], held_out_fraction: float = 0
         if not unseen:
             raise ValueError(f"{source.name} adds no documents ({total} read: {empty} empty, {duplicates} duplicates)")
         seen.update(unseen)
-        held_out = {_digest(parts[1])} & set(unseen) if parts else _held_out(unseen, held_out_fraction)
+        held_out = {_digest(parts[1])} & set(unseen) if parts else held_out_digests(unseen, held_out_fraction)
         documents += [Document(text, index, digest in held_out) for digest, text in unseen.items()]
         sizes = {digest: len(text.encode()) for digest, text in unseen.items()}
         held_out_bytes = sum(sizes[digest] for digest in held_out)
@@ -151,7 +151,7 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _held_out(digests: Iterable[bytes], fraction: float) -> set[bytes]:
+def held_out_digests(digests: Iterable[bytes], fraction: float) -> set[bytes]:
     """Digests below `fraction` of their range; with two or more, never none of them and never all."""
     ordered = sorted(digests)
     if fraction == 0 or len(ordered) < 2:

@@ -21,7 +21,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,7 +213,7 @@ class Row:
     tools: tuple[Mapping[str, Any], ...] | None = None
     template_options: Mapping[str, Any] | None = None
     """TRL's `chat_template_kwargs`: variables for the chat template."""
-    columns: Mapping[str, Any] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
     """The other fields."""
 
     @property
