@@ -209,7 +209,7 @@ class ChatTemplate:
                     end = match.end()
                     break
             spans.append((len(before), end))
-        return tuple(spans)
+        return tuple(span for span in spans if span[0] < span[1])
 
     def _check_prefix(self, shorter: str, longer: str, what: str) -> None:
         if not longer.startswith(shorter):
@@ -409,7 +409,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             elif isinstance(value, int):
                 total += 1 + value.bit_length() // 3
             else:
-                total += len(value) if isinstance(value, (str, bytes)) else 1
+                total += len(value) if isinstance(value, (str, bytes, range)) else 1
             if total > self._local.budget.largest:
                 raise _LimitError("it makes a value that is too large")
         return total
@@ -436,7 +436,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 args = (*args[:skipped], list(args[skipped]), *args[skipped + 1 :])
             value = args[skipped] if len(args) > skipped else None
             if name in _SHALLOW:
-                self._charge(16 + (len(value) if isinstance(value, (list, dict)) else 0))
+                self._charge(16 + (len(value) if isinstance(value, (list, dict, range)) else 0))
             else:
                 self._admit(name, value, [*args[skipped + 1 :], *kwargs.values()])
             return function(*args, **kwargs)

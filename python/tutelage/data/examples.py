@@ -136,7 +136,7 @@ class Report:
 
     def __str__(self) -> str:
         counts = self.counts
-        summary = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing to report"
+        summary = ", ".join(f"{kind}: {count}" for kind, count in counts.items()) or "nothing to report"
         lines = [f"{self.rows} rows, {self.examples} examples; {summary}"]
         for kind, count in counts.items():
             found = [finding.message for finding in self.findings if finding.kind == kind]

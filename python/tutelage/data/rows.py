@@ -484,13 +484,11 @@ def _check_unicode(what: str, value: object, depth: int = 0) -> None:
     elif isinstance(value, (Mapping, list, tuple)):
         if depth > _DEEPEST:
             raise _BadFieldError(f"{what} is nested more than {_DEEPEST} levels deep")
-        if isinstance(value, Mapping):
-            for name in value:
-                if not isinstance(name, str):
-                    raise _BadFieldError(f"{what} has a key that is {type(name).__name__}, not a string")
-                _check_unicode(what, name)
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            _check_unicode(what, entry, depth + 1)
+        for name, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if not isinstance(name, str) and isinstance(value, Mapping):
+                raise _BadFieldError(f"{what} has a key that is {type(name).__name__}, not a string")
+            _check_unicode(what, name, depth + 1)
+            _check_unicode(f"{what}, {name!r}"[:200], entry, depth + 1)
 
 
 def _extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
