@@ -589,3 +589,8 @@ def test_mutated_templates_render_or_give_a_clear_error(seed: int) -> None:
             done += 1
             assert all(0 <= begin < end <= len(rendered.text) for begin, end in rendered.answers)
     assert done > 15
+
+
+def test_control_large_replacements_are_within_the_limits() -> None:
+    template = "{{ messages[0].content.replace('word', 'another word') | replace(' ', '<a break of some length>') }}"
+    assert len(with_template(template).render_chat(turns("word " * 60_000)).text) > 60_000 * 24

@@ -312,10 +312,10 @@ class _Budget:
     """What one rendering may still do."""
 
     def __init__(self, size: int) -> None:
-        # An operation may make a text some times as large as everything given. All operations together may cost
-        # 256 times that: a template that looks at every message once for every message stays far below.
-        self.largest = (1 << 20) + 16 * size
-        self.left = (1 << 24) + 256 * size
+        # One operation may make a value some times as large as everything given. All together may cost 256 times that:
+        # a template that looks at every message once for every message stays far below.
+        self.largest = (1 << 20) + 64 * size
+        self.left = (1 << 23) + 256 * size
 
 
 # Filters that look at their value's items one by one, or not at all.
@@ -323,7 +323,7 @@ _SHALLOW = frozenset(
     ("count", "default", "d", "first", "items", "last", "length", "list", "map", "reject", "rejectattr", "select", "selectattr")
 )
 # Filters and methods of strings whose result can be as large as the product of what they are given.
-_PRODUCTS = frozenset(("batch", "expandtabs", "indent", "join", "replace", "slice", "wordwrap"))
+_PRODUCTS = frozenset(("batch", "expandtabs", "indent", "join", "slice", "wordwrap"))
 # Tests that compare, and so walk through both of what they are given.
 _COMPARISONS = (
     "eq",
@@ -416,10 +416,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _admit(self, name: str, value: object, others: Iterable[object]) -> None:
         """Before an operation on `value`: charges what it costs, refuses what would become too large."""
-        size, extra = self._size(value), 0
-        for other in others:
-            extra += self._size(other) + (abs(other) if isinstance(other, int) else 0)
-        cost = (1 + size) * (1 + extra) if name in _PRODUCTS else size + extra
+        size, sizes = self._size(value), [self._size(other) + (abs(other) if isinstance(other, int) else 0) for other in others]
+        cost = (1 + size) * (1 + sum(sizes)) if name in _PRODUCTS else size + sum(sizes)
+        if name == "replace" and len(sizes) > 1:  # of an old text by a new one
+            cost += (size // max(sizes[0], 1) + 1) * sizes[1]
         if name in _FORMATS:
             numbers = re.findall(r"\d+", value) if isinstance(value, str) else []
             cost += sum(int(number) if len(number) < 10 else 1 << 62 for number in numbers)

@@ -118,7 +118,7 @@ def _show(console: Console, tokenizer: Tokenizer, where: str, shown: Sequence[Ex
     """The text of each sequence, what is learned of it in green; in ⟦brackets⟧ where there is no colour."""
     for number, sequence in enumerate(shown):
         title = where if len(shown) == 1 else f"{where}, {number + 1} of {len(shown)}"
-        console.rule(Text(title), align="left")
+        console.print(Text(f"── {title}", style="bold"), soft_wrap=True)
         mask = sequence.mask.tolist() if isinstance(sequence, Example) else [False] * len(sequence.tokens)
         text = Text()
         for learned, run in groupby(zip(mask, sequence.tokens.tolist(), strict=True), lambda pair: pair[0]):
