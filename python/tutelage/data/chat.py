@@ -344,6 +344,8 @@ _COMPARISONS = (
     "!=",
 )
 _FORMATS = frozenset(("format", "format_map", "%"))
+# '%*d' and '{:{}}' take their width from a value, which can be anywhere in what is given.
+_WIDTH_ELSEWHERE = re.compile(r"%(\([^)]*\))?[^%A-Za-z]*\*|:[^{}]*\{")
 _LARGEST_BITS = 4096
 
 
@@ -420,9 +422,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         cost = (1 + size) * (1 + sum(sizes)) if name in _PRODUCTS else size + sum(sizes)
         if name == "replace" and len(sizes) > 1:  # of an old text by a new one
             cost += (size // max(sizes[0], 1) + 1) * sizes[1]
-        if name in _FORMATS:
-            numbers = re.findall(r"\d+", value) if isinstance(value, str) else []
-            cost += sum(int(number) if len(number) < 10 else 1 << 62 for number in numbers)
+        if name in _FORMATS and isinstance(value, str):
+            if _WIDTH_ELSEWHERE.search(value):
+                raise _LimitError(f"the width of {value!r:.80} does not stand in it")
+            cost += sum(int(number) if len(number) < 10 else 1 << 62 for number in re.findall(r"\d+", value))
         if cost > self._local.budget.largest:
             raise _LimitError(f"{name} would make a value that is too large")
         self._charge(16 + cost)
