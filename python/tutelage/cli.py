@@ -27,6 +27,8 @@ class Command:
     summary: str
     config: str
     function: str
+    positional: str = ""
+    """The option whose values may stand in front without its name."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -44,6 +46,12 @@ COMMANDS: Mapping[str, Command] = {
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",
         "tutelage.train.generate:generate",
+    ),
+    "data check": Command(
+        "Check a file of rows: its schema, its bad rows, what of it would be learned.",
+        "tutelage.train.configs:DataCheckConfig",
+        "tutelage.train.data_check:data_check",
+        positional="data",
     ),
     "bench kernels": Command(
         "Measure every kernel against torch and this machine's ceilings.",
@@ -132,6 +140,8 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
     command = COMMANDS[name]
     config = _imported(command.config)
+    if command.positional and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{command.positional}", *arguments]
     path, options = _split_config(arguments)
     # The file's values go in front of the options as options of their own: one parser checks both, and the
     # last one wins.

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tutelage.bench import KernelsConfig, RolloutConfig, TrainConfig, ceilings, kernels, measure, memory, peers, rollout, train
-from tutelage.bench.measure import Case, Plan
 
 from tutelage import _core, bench
 from tutelage.batch import pack
+from tutelage.bench import KernelsConfig, RolloutConfig, TrainConfig, ceilings, kernels, measure, memory, peers, rollout, train
+from tutelage.bench.measure import Case, Plan
 from tutelage.config import ModelConfig
 from tutelage.model import Model
 

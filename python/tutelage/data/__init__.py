@@ -1,1 +1,1 @@
-"""Data: tokenizer, documents, corpus, packing."""
+"""Data: tokenizer, chat templates, documents, corpus, packing; rows and examples."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+from tutelage.data.rows import SUFFIXES, BadRow, BadRows, files_of, read_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def read_documents(sources: Sequence[Source | str], held_out_fraction: float = 0
         raise ValueError("no sources of documents given")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction is {held_out_fraction}: it must be at least 0 and below 1")
-    bad_rows = _BadRows(on_bad_row)
+    bad_rows = BadRows(on_bad_row)
     seen: set[bytes] = set()
     documents: list[Document] = []
     reports = []
@@ -128,7 +125,7 @@ def read_documents(sources: Sequence[Source | str], held_out_fraction: float = 0
         if not unseen:
             raise ValueError(f"{source.name} adds no documents ({total} read: {empty} empty, {duplicates} duplicates)")
         seen.update(unseen)
-        held_out = {_digest(parts[1])} & set(unseen) if parts else _held_out(unseen, held_out_fraction)
+        held_out = {_digest(parts[1])} & set(unseen) if parts else held_out_digests(unseen, held_out_fraction)
         documents += [Document(text, index, digest in held_out) for digest, text in unseen.items()]
         sizes = {digest: len(text.encode()) for digest, text in unseen.items()}
         held_out_bytes = sum(sizes[digest] for digest in held_out)
@@ -154,7 +151,7 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _held_out(digests: Iterable[bytes], fraction: float) -> set[bytes]:
+def held_out_digests(digests: Iterable[bytes], fraction: float) -> set[bytes]:
     """Digests below `fraction` of their range; with two or more, never none of them and never all."""
     ordered = sorted(digests)
     if fraction == 0 or len(ordered) < 2:
@@ -174,50 +171,19 @@ def _cut(text: str, fraction: float) -> list[str]:
     return parts if all(part.strip() for part in parts) and parts[0] != parts[1] else []
 
 
-class _BadRows:
-    """The policy for bad rows, and how many there were so far in all sources."""
-
-    def __init__(self, policy: str) -> None:
-        kind, _, most = policy.partition(":")
-        if policy != "error" and not (kind == "skip" and most.isascii() and most.isdigit()):
-            raise ValueError(f"on_bad_row is {policy!r}: it must be 'error' or 'skip:<max>', as in 'skip:10'")
-        self.policy = policy
-        self.most = int(most) if kind == "skip" else 0
-        self.count = 0
-
-    def add(self, message: str) -> None:
-        self.count += 1
-        if self.count > self.most:
-            advice = (
-                "correct it, or leave such rows out with on_bad_row='skip:<max>'"
-                if self.policy == "error"
-                else f"that is bad row {self.count}, more than on_bad_row={self.policy!r} allows"
-            )
-            raise ValueError(f"{message}: {advice}")
-
-
-@dataclass(frozen=True)
-class _Bad:
-    """A row that cannot be used, and why."""
-
-    reason: str
-
-
 class _Reader:
     """Reads one source, and notes what it had to leave out."""
 
-    def __init__(self, bad_rows: _BadRows) -> None:
+    def __init__(self, bad_rows: BadRows) -> None:
         self.bad_rows = bad_rows
         self.skipped: list[str] = []
         self.ignored_files = 0
 
     def texts(self, source: Source) -> Iterator[str]:
         for where, row in self._rows(source):
-            text = row if isinstance(row, _Bad) else _text(row)
-            if isinstance(text, _Bad):
-                message = f"{where}: {text.reason}"
-                self.bad_rows.add(message)
-                self.skipped.append(message)
+            text = row if isinstance(row, BadRow) else _text(row)
+            if isinstance(text, BadRow):
+                self.skipped.append(self.bad_rows.add(where, text.reason))
             else:
                 yield text
 
@@ -225,103 +191,31 @@ class _Reader:
         if not isinstance(source.data, (str, Path)):
             yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(source.data))
             return
-        path = Path(source.data)
-        if path.is_dir():
-            for file in self._files(path):
-                yield from _read_file(file)
-        elif not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
-        elif path.suffix not in _SUFFIXES:
-            raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; {_readable()}")
-        else:
-            yield from _read_file(path)
-
-    def _files(self, folder: Path) -> list[Path]:
-        found = []
-        for directory, folders, files in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for file in files:
-                path = Path(directory, file)
-                if path.suffix in _SUFFIXES and not file.startswith("."):
-                    found.append(path)
-                else:
-                    self.ignored_files += 1
-        if not found:
-            raise ValueError(f"{folder}: nothing to read in this folder; {_readable()}")
-        return sorted(found)
+        files, self.ignored_files = files_of(Path(source.data), (".txt", *SUFFIXES))
+        for file in files:
+            if file.suffix == ".txt":
+                yield _read_txt(file)
+            else:
+                yield from read_file(file, ["text"])
 
 
-def _readable() -> str:
-    return f"give {', '.join(_SUFFIXES)} or a folder of them"
-
-
-def _text(row: object) -> str | _Bad:
+def _text(row: object) -> str | BadRow:
     if not isinstance(row, Mapping):
-        return _Bad(f"the row is {type(row).__name__}, not an object with a field 'text'")
+        return BadRow(f"the row is {type(row).__name__}, not an object with a field 'text'")
     if "text" not in row:
-        return _Bad(f"no field 'text' (it has: {', '.join(sorted(map(str, row))[:8]) or 'none'})")
+        return BadRow(f"no field 'text' (it has: {', '.join(sorted(map(str, row))[:8]) or 'none'})")
     text = row["text"]
     if not isinstance(text, str):
-        return _Bad(f"field 'text' is {type(text).__name__}, not a string")
+        return BadRow(f"field 'text' is {type(text).__name__}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return _Bad(f"field 'text' has a lone surrogate at character {error.start}: it is no valid Unicode")
+        return BadRow(f"field 'text' has a lone surrogate at character {error.start}: it is no valid Unicode")
     return text
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, row or _Bad) for every row of a file."""
-    if path.suffix == ".txt":
-        yield _read_txt(path)
-    elif path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", _json(line.rstrip(b"\r\n"))
-    elif path.suffix == ".json":
-        rows = _json(path.read_bytes())
-        if not isinstance(rows, list):
-            reason = rows.reason if isinstance(rows, _Bad) else f"it holds {type(rows).__name__}"
-            raise ValueError(f"{path}: a .json file must be a list of rows (one row a line is .jsonl): {reason}")
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
-    else:
-        yield from _read_parquet(path)
 
 
 def _read_txt(path: Path) -> tuple[str, object]:
     try:
         return str(path), {"text": path.read_bytes().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        return str(path), _Bad(f"no UTF-8 at byte {error.start}")
-
-
-def _json(data: bytes) -> object:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return _Bad(f"no UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        return _Bad(f"no valid JSON ({error.msg} at character {error.pos})")
-    except (ValueError, RecursionError) as error:  # numbers of too many digits, nesting too deep
-        return _Bad(f"no valid JSON ({error})")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        pyarrow: Any = importlib.import_module("pyarrow")  # typed Any: it comes without types
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ImportError(f"{path}: reading .parquet needs pyarrow: pip install 'tutelage[hub]'") from error
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names[:8]) or "none"
-                raise ValueError(f"{path}: no column 'text' (it has: {columns})")
-            for batch in file.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    yield f"{path}, row {number}", {"text": text}
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: no readable parquet file: {error}") from error
+        return str(path), BadRow(f"no UTF-8 at byte {error.start}")

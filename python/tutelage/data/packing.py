@@ -71,7 +71,7 @@ class PackedEpochs:
         weight, phase = np.zeros(len(training)), np.zeros(len(training))
         for index, report in enumerate(corpus.documents.sources):
             members = np.flatnonzero(training & (corpus.source_of_document == index))
-            order = np.argsort(_hashes(f"source {index} {self.seed}", len(members)), kind="stable")
+            order = np.argsort(hashes(f"source {index} {self.seed}", len(members)), kind="stable")
             weight[members] = report.weight
             phase[members[order]] = (np.arange(len(members)) + 0.5) / max(len(members), 1)
         if weight.sum() < 1:
@@ -91,12 +91,12 @@ class PackedEpochs:
         pieces = np.repeat(np.arange(len(self._begins)), times[self._documents].astype(np.int64))
         lengths = 1 + self._ends[pieces] - self._begins[pieces]
         # Among equal lengths the hash decides, so that every epoch brings other neighbours together.
-        order = np.lexsort((_hashes(f"pieces {self.seed} {epoch}", len(pieces)), -lengths))
+        order = np.lexsort((hashes(f"pieces {self.seed} {epoch}", len(pieces)), -lengths))
         pieces, lengths = pieces[order], lengths[order]
         bins = best_fit_decreasing(lengths, self.context)
         count = int(bins.max()) + 1 if len(bins) else 0
         place = np.empty(count, np.int64)
-        place[np.argsort(_hashes(f"bins {self.seed} {epoch}", count), kind="stable")] = np.arange(count)
+        place[np.argsort(hashes(f"bins {self.seed} {epoch}", count), kind="stable")] = np.arange(count)
         by_place = np.argsort(place[bins], kind="stable")
         bounds = np.concatenate([[0], np.cumsum(np.bincount(place[bins], minlength=count))])
         return PackedEpoch(pieces[by_place], bounds, float(lengths.sum() / max(count * self.context, 1)))
@@ -163,7 +163,7 @@ def best_fit_decreasing(lengths: npt.NDArray[np.int64], capacity: int) -> npt.ND
     return bins
 
 
-def _hashes(purpose: str, count: int) -> npt.NDArray[np.uint64]:
+def hashes(purpose: str, count: int) -> npt.NDArray[np.uint64]:
     """[count] pseudo-random numbers: SplitMix64 (Steele et al. 2014) from a key that is a hash of `purpose`.
 
     Our own, because the permutations of numpy's generators may change with its version.

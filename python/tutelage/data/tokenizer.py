@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tutelage import files
+from tutelage.data.chat import ChatTemplate, ChatTemplateError, Rendered, Span
 
 _TOKENIZER = "tokenizer.json"
 # Everything of a Hugging Face folder that belongs to the tokenizer: kept byte for byte by `save`.
@@ -114,6 +117,161 @@ class Tokenizer:
                 raise ValueError(f"token id {number} at position {position} is outside the vocabulary of {self.vocab_size}")
         return self.backend.decode(numbers, skip_special_tokens=False)
 
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template among the tokenizer's files. Raises ChatTemplateError for one that cannot be read."""
+        return ChatTemplate.from_files(self.contents, self.special_tokens.values())
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_options: Any,
+    ) -> tuple[list[int], list[bool]]:
+        """(ids, assistant_mask) of a conversation, each of T entries; the mask is True for what the model answers.
+
+        The ids are those of transformers' `apply_chat_template(messages, tokenize=True)`, with one difference: a
+        special token that a message (or tool) spells is plain text, as it is to `encode`; only the template writes
+        special tokens. A token that is not `special` in tokenizer.json is text anyway.
+
+        The mask holds every token that has a character of an answer (`ChatTemplate.render`: `{% generation %}`, or
+        growing prefixes), the token that ends the turn among them where the template is sound; `check_template` says
+        whether it is.
+
+        Raises ChatTemplateError without a template, or as `ChatTemplate.render`.
+        """
+        rendered = self.render_chat(messages, add_generation_prompt, tools, template_options, answers=True)
+        ids, places = self.encode_rendered(rendered)
+        return ids, covered(places, rendered.answers)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_options: Any,
+    ) -> list[int]:
+        """The ids of `chat` without the mask: also for templates that do not let one tell what is answered."""
+        return self.encode_rendered(self.render_chat(messages, add_generation_prompt, tools, template_options))[0]
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        answers: bool = False,
+    ) -> Rendered:
+        """`ChatTemplate.render` of this tokenizer's template; raises ChatTemplateError where it has none."""
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "this tokenizer has no chat template, so messages cannot become text: put the template the model was taught "
+                "with into its folder as chat_template.jinja, or give strings (prompt, completion) instead of messages"
+            )
+        return self.chat_template.render(messages, add_generation_prompt, tools, template_options, answers)
+
+    def encode_rendered(self, rendered: Rendered, cuts: Sequence[int] = ()) -> tuple[list[int], list[Span]]:
+        """The ids of a rendered conversation, and the characters each stands for.
+
+        `cuts`, ascending places in the text, are encoded across by no token: the ids before a cut are those of
+        the text before it alone.
+        """
+        _check_text(rendered.text, "the rendered conversation")
+        bounds = [0, *cuts, len(rendered.text)]
+        ids: list[int] = []
+        places: list[Span] = []
+        for begin, end in itertools.pairwise(bounds):
+            if begin < end:
+                part_ids, part_places = self._encode_part(rendered, begin, end)
+                ids += part_ids
+                places += part_places
+        return ids, places
+
+    def encode_next(self, text: str) -> list[int]:
+        """The ids of `text` where it goes on after other text: without the blank that some tokenizers put in front."""
+        _check_text(text, "the text")
+        return _encode_after(self.backend, self._lead, text, range(len(text) + 1))[0]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether this tokenizer's rules put bos in front of every text (Llama's do, GPT-2's do not)."""
+        return self.bos_token_id is not None and self.backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_token_id]
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Id to spelling of the tokens that tokenizer.json calls special."""
+        tokens: dict[int, AddedToken] = self.backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in tokens.items() if token.special}
+
+    @functools.cached_property
+    def _chat_backend(self) -> tokenizers.Tokenizer:
+        """Knows the special tokens where they are spelled. Its offsets leave out nothing."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        backend.post_processor = None
+        return backend
+
+    @functools.cached_property
+    def _alias_backend(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+        """Knows no special token, but for each a private character that stands for it: (backend, spelling to
+        character, id of the character to id of the special token)."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        backend.post_processor = None
+        decoder: dict[int, AddedToken] = backend.get_added_tokens_decoder()
+        special = {number: decoder[number] for number in self.special_tokens}
+        characters = {number: chr(_FIRST_ALIAS + index) for index, number in enumerate(special)}
+        backend.add_tokens(
+            [
+                AddedToken(
+                    characters[number],
+                    single_word=t.single_word,
+                    lstrip=t.lstrip,
+                    rstrip=t.rstrip,
+                    normalized=False,
+                    special=False,
+                )
+                for number, t in special.items()
+            ]
+        )
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        aliases = {vocabulary[character]: number for number, character in characters.items()}
+        return backend, {self.special_tokens[number]: character for number, character in characters.items()}, aliases
+
+    @functools.cached_property
+    def _lead(self) -> str:
+        """What must stand before a text that goes on after other text: "" unless the tokenizer treats the beginning of
+        a text in another way."""
+        backend = self._chat_backend
+        both, first = (backend.encode(text, add_special_tokens=False).ids for text in ("\na", "\n"))
+        alone = backend.encode("a", add_special_tokens=False).ids
+        return "" if both == first + alone else "\n"
+
+    def _encode_part(self, rendered: Rendered, begin: int, end: int) -> tuple[list[int], list[Span]]:
+        lead = self._lead if begin else ""
+        text = rendered.text[begin:end]
+        if rendered.special is None:
+            return _encode_after(self._chat_backend, lead, text, list(range(begin, end + 1)))
+        backend, characters, aliases = self._alias_backend
+        used = next((character for character in characters.values() if character in text), None)
+        if used is not None:
+            raise ChatTemplateError(
+                f"a message spells a special token and has the private character U+{ord(used):X}, which would stand for one"
+            )
+        # The text with its own special tokens as single characters, and where each character comes from.
+        parts: list[str] = []
+        origin: list[int] = []
+        place = begin
+        for first, last in [span for span in rendered.special if begin <= span[0] < end]:
+            parts += [rendered.text[place:first], characters[rendered.text[first:last]]]
+            origin += [*range(place, first), first]
+            place = last
+        parts.append(rendered.text[place:end])
+        origin += range(place, end + 1)
+        ids, places = _encode_after(backend, lead, "".join(parts), origin)
+        return [aliases.get(number, number) for number in ids], places
+
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for in running text, by id; b"" for ids that no token has.
 
@@ -140,6 +298,32 @@ class Tokenizer:
         files.make_folder(folder)
         for name, data in self.contents.items():
             files.write_file_atomic(folder / name, data)
+
+
+# Private characters (Unicode's plane 16, from behind) that stand for special tokens.
+_FIRST_ALIAS = 0x108000
+
+
+def _encode_after(backend: tokenizers.Tokenizer, lead: str, text: str, origin: Sequence[int]) -> tuple[list[int], list[Span]]:
+    """The ids of `text` as it goes on after `lead`, and their places, told by the place of each character."""
+    encoding = backend.encode(lead + text, add_special_tokens=False)
+    ids, offsets = encoding.ids, encoding.offsets
+    if lead:
+        before = backend.encode(lead, add_special_tokens=False).ids
+        if ids[: len(before)] != before:
+            raise ValueError(f"this tokenizer cannot encode {text[:20]!r} as text that goes on after other text")
+        ids, offsets = ids[len(before) :], [(begin - len(lead), end - len(lead)) for begin, end in offsets[len(before) :]]
+    return ids, [(origin[begin], origin[end]) for begin, end in offsets]
+
+
+def covered(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """For each token whether it has a character inside one of the spans; both ascend."""
+    mask, index = [], 0
+    for begin, end in places:
+        while index < len(spans) and spans[index][1] <= begin:
+            index += 1
+        mask.append(index < len(spans) and end > spans[index][0])
+    return mask
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ("<|endoftext|>",)) -> Tokenizer:

@@ -205,6 +205,38 @@ class GenerateConfig:
     """Write the figures (rows, tokens, tokens a second) to this file."""
 
 
+@dataclass(frozen=True)
+class DataCheckConfig:
+    """Check files of rows before a run: `tutelage data check FILE... --model FOLDER`.
+
+    It prints the schema, what is wrong with which line, how long the rows are, and the first examples as the model will see
+    them, with what is learned in green. An error is one sentence and exit status 2.
+    """
+
+    data: tuple[str, ...] = ()
+    """Files (.jsonl, .json, .parquet) or folders of them, of one schema; may stand without --data in front."""
+    model: str | None = None
+    """Folder of the tokenizer (and its chat template). None: rows are checked, but not made into tokens."""
+    max_length: int = 0
+    """Longest sequence in tokens. 0: any length."""
+    on_bad_row: str = "error"
+    """What to do with a bad row: "error", or "skip:<max>" to leave out up to so many, each reported."""
+    on_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a row that is longer than max_length."""
+    completion_only_loss: bool = True
+    """Of prompt and completion learn only the completion."""
+    assistant_only_loss: bool = True
+    """Of messages learn only what the assistant says."""
+    show: int = 3
+    """Show so many examples."""
+    json: str | None = None
+    """Write the figures (schemas, rows, findings) to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "show"):
+            at_least(self, name, 0)
+
+
 def at_least(config: object, name: str, least: int) -> None:
     """Raises ValueError naming the field of `config` that is below `least`."""
     if not getattr(config, name) >= least:
