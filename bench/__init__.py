@@ -51,7 +51,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Generation, prompt 64 and 128 new tokens on the SmolLM2-135M shape, against the roofline and transformers.
+    """Generation, prompt 64 and 128 new tokens on the SmolLM2-135M shape, against the roofline, transformers and
+    llama.cpp.
 
     The roofline of a step is the larger of (bytes of weights, keys and values / memory read ceiling) and (flops / FMA peak),
     both ceilings measured right before and after each window of steps.
@@ -60,7 +61,7 @@ class RolloutConfig:
         batch: sequences at a time.
         weights: how they are kept: float32, bfloat16.
         rounds: windows of steps of each contender.
-        peers: measure transformers' generate too (float32 only; needs the package).
+        peers: measure transformers (float32) and llama.cpp (F32; beside bfloat16 F16 and BF16) where they are installed.
         json: a file to write the JSON line to as well.
     """
 

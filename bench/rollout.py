@@ -7,7 +7,10 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from tutelage.config import ModelConfig
 from tutelage.model import Model
 from tutelage.rollouts import Generation, GenerationSettings
 
-from . import RolloutConfig
+from . import RolloutConfig, llama_cpp
 from .ceilings import gauge
 from .measure import OURS, Case, Measurement, Plan, Spread, measure, report
 from .train import SMOLLM2_135M
@@ -38,11 +41,38 @@ def measurements(config: RolloutConfig, shape: ModelConfig, plan: Plan) -> Itera
     for weights in config.weights:
         model = Model(shape, weights=weights)
         yield prefill(model, plan)
-        peers = config.peers and weights == "float32" and importlib.util.find_spec("transformers") is not None
-        theirs = transformers_model(model) if peers else None
-        for batch in config.batch:
-            yield decoding(model, theirs, batch, plan)
+        with tempfile.TemporaryDirectory() as folder:
+            peers = installed_peers(model, Path(folder)) if config.peers else {}
+            for batch in config.batch:
+                yield decoding(model, peers, batch, plan)
         model.free_caches()
+
+
+Peer = Callable[[int], AbstractContextManager[Callable[[], float]]]
+"""Of a batch size, for a `with`: one measurement of decoded tokens a second."""
+
+
+def installed_peers(model: Model, folder: Path) -> dict[str, Peer]:
+    """transformers in float32 (its bfloat16 is many times slower on a CPU), llama.cpp at the width of the model's weights."""
+    peers: dict[str, Peer] = {}
+    if importlib.util.find_spec("transformers") is not None:
+        peers["transformers"] = partial(_transformers, transformers_model(model), model.config)
+    if llama_cpp.installed():
+        for kind in ("F32",) if model.weights == "float32" else ("F16", "BF16"):
+            llama_cpp.write_gguf(model, folder / f"{kind}.gguf", kind)
+            peers[f"llama.cpp {kind}"] = partial(_llama_cpp, folder / f"{kind}.gguf", model.config)
+    return peers
+
+
+@contextmanager
+def _transformers(theirs: Any, config: ModelConfig, batch: int) -> Iterator[Callable[[], float]]:
+    yield partial(peer_rate, theirs, config, batch)
+
+
+@contextmanager
+def _llama_cpp(path: Path, config: ModelConfig, batch: int) -> Iterator[Callable[[], float]]:
+    with llama_cpp.LlamaCpp(path, batch, PROMPT + NEW_TOKENS + 2, torch.get_num_threads()) as theirs:
+        yield partial(theirs.rate, prompts_of(config, batch, PROMPT), NEW_TOKENS, WINDOW_SECONDS)
 
 
 def prompts_of(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
@@ -88,28 +118,31 @@ def transformers_model(model: Model) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def decoding(model: Model, theirs: Any, batch: int, plan: Plan) -> Measurement:
-    """Windows of decoding steps of ours, each between two samples of both ceilings; the peer's in turn."""
+def decoding(model: Model, peers: Mapping[str, Peer], batch: int, plan: Plan) -> Measurement:
+    """Windows of decoding steps of ours, each between two samples of both ceilings; the peers' in turn."""
     threads = torch.get_num_threads()
     peak, read = gauge("GFLOP/s", threads, plan.seconds / 2), gauge("GB/s", threads, plan.seconds / 2)
     ours = Windows(model, batch)
     rates: dict[str, list[float]] = {OURS: []}
     fractions: dict[str, list[float]] = {OURS: []}
-    rooflines, ratios = [], []
-    for _ in range(plan.rounds):
-        before = peak(), read()
-        steps, seconds, context = ours.window()
-        flops_s, bytes_s = (1e9 * statistics.mean(pair) for pair in zip(before, (peak(), read()), strict=True))
-        limit = max(bytes_of_step(model, batch, context) / bytes_s, batch * flops_of_token(model, context) / flops_s)
-        rooflines.append(batch / limit)
-        rates[OURS].append(batch * steps / seconds)
-        fractions[OURS].append(limit * steps / seconds)
-        if theirs is not None:
-            time.sleep(plan.settle)
-            rate = peer_rate(theirs, model.config, batch)
-            rates.setdefault("transformers", []).append(rate)
-            fractions.setdefault("transformers", []).append(rate * limit / batch)
-            ratios.append(rates[OURS][-1] / rate)
+    rooflines: list[float] = []
+    ratios: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        theirs = {name: stack.enter_context(peer(batch)) for name, peer in peers.items()}
+        for _ in range(plan.rounds):
+            before = peak(), read()
+            steps, seconds, context = ours.window()
+            flops_s, bytes_s = (1e9 * statistics.mean(pair) for pair in zip(before, (peak(), read()), strict=True))
+            limit = max(bytes_of_step(model, batch, context) / bytes_s, batch * flops_of_token(model, context) / flops_s)
+            rooflines.append(batch / limit)
+            rates[OURS].append(batch * steps / seconds)
+            fractions[OURS].append(limit * steps / seconds)
+            for name, rate_of in theirs.items():
+                time.sleep(plan.settle)
+                rate = rate_of()
+                rates.setdefault(name, []).append(rate)
+                fractions.setdefault(name, []).append(rate * limit / batch)
+                ratios.setdefault(name, []).append(rates[OURS][-1] / rate)
     return Measurement(
         "rollout",
         "decode",
@@ -118,7 +151,7 @@ def decoding(model: Model, theirs: Any, batch: int, plan: Plan) -> Measurement:
         Spread.of(rooflines),
         {name: Spread.of(samples) for name, samples in rates.items()},
         {name: Spread.of(samples) for name, samples in fractions.items()},
-        {"transformers": Spread.of(ratios)} if ratios else {},
+        {name: Spread.of(samples) for name, samples in ratios.items()},
         {},
     )
 

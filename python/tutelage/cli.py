@@ -64,7 +64,7 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.bench:run",
     ),
     "bench rollout": Command(
-        "Measure generation against the roofline and transformers.",
+        "Measure generation against the roofline, transformers and llama.cpp.",
         "tutelage.bench:RolloutConfig",
         "tutelage.bench:run",
     ),

@@ -1,0 +1,152 @@
+"""llama.cpp as a peer of ``bench rollout``: the same weights in a GGUF file, decoded through its C interface (its Python
+package, extra ``[bench-llama]``)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.model import Model
+
+# What of Hugging Face's names llama.cpp calls by others.
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def installed() -> bool:
+    """Whether the peer and the writer of its files can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
+
+
+def write_gguf(model: Model, path: Path, kind: str) -> None:
+    """A Llama without a tokenizer, its matrices of `kind` "F32", "F16" or "BF16".
+
+    llama.cpp rotates neighbouring features, Hugging Face's layout the two halves of a head: the rows of q and k are
+    interleaved for it.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    c = model.config
+    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads or c.num_attention_heads
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(c.head_width)
+    writer.add_value_length(c.head_width)
+    writer.add_rope_dimension_count(c.head_width)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, weight in model.named_parameters():
+        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
+            if part in name:
+                weight = weight.view(count, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        data = weight.contiguous().numpy()
+        if weight.dim() == 2:
+            quantized = getattr(gguf.GGMLQuantizationType, kind)
+            writer.add_tensor(_their_name(name), gguf.quants.quantize(data, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(_their_name(name), data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _their_name(name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
+    _, _, layer, *part, kind = name.split(".")
+    return f"blk.{layer}.{_LAYER_NAMES['.'.join(part)]}.{kind}"
+
+
+class LlamaCpp:
+    """Its decoder: `batch` sequences in one call, no sampling. Use as a context manager."""
+
+    def __init__(self, path: Path, batch: int, context: int, threads: int) -> None:
+        self._lib: Any = importlib.import_module("llama_cpp")
+        lib = self._lib
+        # It logs every tensor it loads; the callback must outlive the library's use of it.
+        self._silence = lib.llama_log_callback(lambda level, text, data: None)
+        lib.llama_log_set(self._silence, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        options = lib.llama_context_default_params()
+        options.n_ctx, options.n_seq_max, options.n_batch = batch * context, batch, max(512, batch)
+        options.n_threads = options.n_threads_batch = threads
+        options.kv_unified = False  # a cache for each sequence: the faster of its two ways here
+        self._context = lib.llama_init_from_model(self._model, options)
+        self._rows = lib.llama_batch_init(max(512, batch), 0, 1)
+        self.batch = batch
+        self.position = 0
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lib.llama_batch_free(self._rows)
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def read(self, prompts: list[list[int]]) -> None:
+        """Prompts of one length; forgets what was read before."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self.position = len(prompts[0])
+        for row, prompt in enumerate(prompts):
+            self._decode([(token, place, row, place == len(prompt) - 1) for place, token in enumerate(prompt)])
+
+    def step(self, tokens: list[int]) -> None:
+        """One more token of every sequence."""
+        self._decode([(token, self.position, row, True) for row, token in enumerate(tokens)])
+        self.position += 1
+
+    def logits(self, row: int, vocab: int) -> torch.Tensor:
+        """Of sequence `row`, after the latest step."""
+        return torch.tensor(self._lib.llama_get_logits_ith(self._context, row)[:vocab])
+
+    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
+        batch = self._rows
+        batch.n_tokens = len(rows)
+        for i, (token, place, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, place, 1, sequence
+            batch.logits[i] = wanted
+        status = self._lib.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+    def rate(self, prompts: list[list[int]], new_tokens: int, seconds: float) -> float:
+        """Tokens a second of decoding, over about so many seconds, at most `new_tokens` behind the prompts."""
+        if not len(prompts[0]) <= self.position <= len(prompts[0]) + new_tokens // 2:
+            self.read(prompts)
+        tokens = [prompt[-1] for prompt in prompts]
+        steps, begin = 0, time.perf_counter()
+        while steps < 2 or (time.perf_counter() - begin < seconds and self.position < len(prompts[0]) + new_tokens):
+            self.step(tokens)
+            steps += 1
+        return self.batch * steps / (time.perf_counter() - begin)
