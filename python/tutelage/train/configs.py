@@ -206,6 +206,38 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal.
+
+    The whole conversation is the model's prompt each time, written by its chat template. Lines that begin with a slash are
+    commands: /help lists them. Ctrl-C stops an answer, and at the prompt ends the chat.
+    """
+
+    model: str = "runs/sft/model"
+    """Folder of the model, its tokenizer and chat template."""
+    system: str | None = None
+    """What a system message in front of every conversation says."""
+    max_new_tokens: int = 512
+    """At most so many tokens an answer."""
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 the likely becomes likelier. 0: always the likeliest token."""
+    top_k: int = 0
+    """Draw among the so many likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest."""
+    seed: int = 0
+    """Of the draws: the same lines give the same answers. The nth answer draws with seed + n."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: round the matrices; half the memory to read, so faster."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "max_new_tokens", 1)
+        at_least(self, "seed", 0)
+
+
+@dataclass(frozen=True)
 class DataCheckConfig:
     """Check files of rows before a run: `tutelage data check FILE... --model FOLDER`.
 
