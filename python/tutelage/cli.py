@@ -52,6 +52,12 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:ChatConfig",
         "tutelage.train.chat:chat",
     ),
+    "eval": Command(
+        "Measure a model: bits per byte, accuracy, win rate, KL divergence.",
+        "tutelage.train.configs:EvalConfig",
+        "tutelage.train.evaluate_command:evaluate",
+        positional="measure",
+    ),
     "data check": Command(
         "Check a file of rows: its schema, its bad rows, what of it would be learned.",
         "tutelage.train.configs:DataCheckConfig",

@@ -238,6 +238,54 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Measure a model: `tutelage eval MEASURE --model FOLDER --data FILE...`.
+
+    bits_per_byte: how well it predicts text. accuracy: the share of prompts that it answers right. win_rate: how often a
+    judge prefers its answers to those of --against. kl: how far it is from --against, on its own answers.
+    """
+
+    measure: Literal["bits_per_byte", "accuracy", "win_rate", "kl"] = "accuracy"
+    """What to measure; may stand without --measure in front."""
+    model: str = "runs/pretrain/model"
+    """Folder of the model and its tokenizer."""
+    data: tuple[str, ...] = ()
+    """Text (bits_per_byte; as for `tutelage pretrain`), or rows with a prompt (.jsonl, .json, .parquet)."""
+    against: str | None = None
+    """Folder of the other model, for win_rate and kl."""
+    scorer: str | None = None
+    """module:name or file.py:name of a function (prompt, answer, row) -> score in 0 .. 1; row holds the other fields. None:
+    1 where the answer equals the row's completion but for white space."""
+    judge: str | None = None
+    """module:name or file.py:name of a function (prompt, answer, other, row) -> 1 where the model's answer is better, 0
+    where the other one is, 0.5 for a tie."""
+    max_new_tokens: int = 256
+    """At most so many tokens an answer."""
+    temperature: float | None = None
+    """Of the answers. None: 0, the likeliest token each time; for kl 1."""
+    seed: int = 0
+    """Of the draws."""
+    on_bad_row: str = "error"
+    """What to do with a bad row: "error", or "skip:<max>" to leave out up to so many, each reported."""
+    micro_batch_tokens: int = 8192
+    """Tokens scored at once: less needs less memory, the result is the same."""
+    json: str | None = None
+    """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "micro_batch_tokens"):
+            at_least(self, name, 1)
+        if self.measure == "kl" and self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"kl needs samples, so temperature must be positive, but it is {self.temperature}")
+        for name, measures in (("against", ("win_rate", "kl")), ("judge", ("win_rate",)), ("scorer", ("accuracy",))):
+            given, wanted = getattr(self, name) is not None, self.measure in measures
+            if given and not wanted:
+                raise ValueError(f"{name} belongs to {' and '.join(measures)}, not to {self.measure}")
+            if wanted and not given and name != "scorer":
+                raise ValueError(f"{self.measure} needs --{name}")
+
+
+@dataclass(frozen=True)
 class DataCheckConfig:
     """Check files of rows before a run: `tutelage data check FILE... --model FOLDER`.
 
