@@ -47,6 +47,17 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:GenerateConfig",
         "tutelage.train.generate:generate",
     ),
+    "chat": Command(
+        "Talk to a model.",
+        "tutelage.train.configs:ChatConfig",
+        "tutelage.train.chat:chat",
+    ),
+    "eval": Command(
+        "Measure a model: bits per byte, accuracy, win rate, KL divergence.",
+        "tutelage.train.configs:EvalConfig",
+        "tutelage.train.evaluate_command:evaluate",
+        positional="measure",
+    ),
     "data check": Command(
         "Check a file of rows: its schema, its bad rows, what of it would be learned.",
         "tutelage.train.configs:DataCheckConfig",
@@ -124,7 +135,7 @@ def run(name: str, command: Callable[[], object]) -> int:
             raise
         return _fail(f"tutelage {name}", str(error) or type(error).__name__)
     except KeyboardInterrupt as stop:
-        print(f"tutelage {name}: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"tutelage {name}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 128 + int(getattr(stop, "number", 2))
     return 0
 

@@ -1,16 +1,25 @@
-"""What a model has learned, measured on text that it was never trained on."""
+"""What a model has learned: on text it was never trained on, in its answers, against another model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tutelage.batch import pack
 from tutelage.data.compression import bits_per_byte
 from tutelage.data.corpus import HeldOut
+from tutelage.data.documents import DocumentSet
+from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
+from tutelage.rollouts import Rollouts
+
+# The normal distribution's 97.5 % quantile: 95 % lie between its two sides.
+_Z = 1.959963984540054
 
 
 def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int) -> float:
@@ -39,3 +48,86 @@ def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: in
     nats = [held_out_nats(model, source, context, max_tokens) for source in sources]
     bits = {source.name: bits_per_byte(cost, source.bytes) for source, cost in zip(sources, nats, strict=True)}
     return {**bits, "all": bits_per_byte(math.fsum(nats), sum(source.bytes for source in sources))}
+
+
+def documents_to_score(documents: DocumentSet, tokenizer: Tokenizer) -> list[HeldOut]:
+    """All documents of each source as tokens, an end token behind each.
+
+    Raises ValueError for a tokenizer without an end token.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("this tokenizer has no eos token, so the end of a document cannot be predicted")
+    start = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    found = []
+    for index, source in enumerate(documents.sources):
+        texts = tuple(document.text for document in documents.documents if document.source == index)
+        tokens = tuple(np.array([*ids, eos], np.uint32) for ids in tokenizer.encode_batch(texts))
+        found.append(HeldOut(source.name, texts, sum(len(text.encode()) for text in texts), tokens, start))
+    return found
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether the two are equal but for white space: runs of it count as one blank, none at the ends."""
+    return answer.split() == expected.split()
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean of scores in 0 .. 1, with its 95 % Wilson interval (E. B. Wilson, 1927).
+
+    The interval is made for scores of 0 and 1; for scores between it is too wide rather than too narrow.
+    """
+
+    rate: float
+    low: float
+    high: float
+    count: int
+
+
+def rate(scores: Sequence[float]) -> Rate:
+    """The mean score: accuracy, or a win rate whose wins are 1, ties 0.5 and losses 0.
+
+    Raises ValueError for no scores, or naming the one that is not in 0 .. 1.
+    """
+    if not scores:
+        raise ValueError("there is no score to average")
+    for index, score in enumerate(scores):
+        if not 0 <= score <= 1:
+            raise ValueError(f"score {index} must lie in 0 .. 1, but it is {score}")
+    n, p = len(scores), math.fsum(scores) / len(scores)
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return Rate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(model ‖ reference) in nats, estimated from samples of the model."""
+
+    per_token: float
+    """Mean over all sampled tokens of log p − log p_ref."""
+    per_sequence: float
+    """Mean over sequences of its sum: unbiased for the divergence of whole answers."""
+    standard_error: float | None
+    """Of per_sequence; None for a single sequence."""
+    sequences: int
+    tokens: int
+
+
+def kl_divergence(rollouts: Rollouts, reference: Model, temperature: float, max_tokens: int) -> Divergence:
+    """How far the model that sampled `rollouts`, at `temperature` and with nothing cut off, is from `reference`.
+
+    Both distributions are those at `temperature`. At most `max_tokens` tokens, or the longest sequence, go through the
+    reference at once; that changes no bit. Raises ValueError where there is no row, and as `Model.score`.
+    """
+    batch = rollouts.pack()
+    counts = batch.completion_counts
+    sums: list[float] = []
+    with torch.no_grad():
+        for part in batch.split(max(max_tokens, *batch.lengths)):
+            assert part.logprobs is not None  # a rollout has them
+            sums += part.sum(part.logprobs.double() - reference.score(part, temperature).logprobs.double()).tolist()
+    error = statistics.stdev(sums) / math.sqrt(len(sums)) if len(sums) > 1 else None
+    total = math.fsum(sums)
+    return Divergence(total / sum(counts), total / len(sums), error, len(sums), sum(counts))

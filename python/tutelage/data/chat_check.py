@@ -54,18 +54,33 @@ def check_template(tokenizer: Tokenizer, conversations: Sequence[Sequence[Mappin
             f"the chat template has no generation prompt: add_generation_prompt=True should make it end with {header!r}, "
             f"or the model is asked in another way than it was taught. It rendered\n{question}\nand with the answer\n{probe}"
         )
-    special = tokenizer.special_tokens.items()
-    stops = [(ending.index(token), -len(token), number, token) for number, token in special if token in ending]
-    if not stops:
+    stop = _first_special(tokenizer, ending)
+    if stop is None:
         raise ChatTemplateError(
             f"the chat template ends an answer with {ending!r}, which holds no special token of the tokenizer, so the model "
             f"could not learn to stop: write eos_token behind what an assistant says. It rendered\n{probe}"
         )
-    _, _, stop_id, stop = min(stops)
-    turn = TurnFormat(stop_id, stop, question.removeprefix(silent) if question.startswith(silent) else "")
+    turn = TurnFormat(*stop, question.removeprefix(silent) if question.startswith(silent) else "")
     for conversation in (_PROBE[:2], _PROBE, *conversations):
         masked_conversation(tokenizer, turn, conversation)
     return turn
+
+
+def stop_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special token with which the template ends an answer, if it does; for templates that are only used, not taught.
+
+    Raises ChatTemplateError without a template, or for one that cannot render a question and its answer.
+    """
+    content = _PROBE[1]["content"]
+    stop = _first_special(tokenizer, tokenizer.render_chat(_PROBE[:2]).text.rpartition(content)[2])
+    return () if stop is None else stop[:1]
+
+
+def _first_special(tokenizer: Tokenizer, text: str) -> tuple[int, str] | None:
+    """Id and spelling of the first special token in the text; of several at one place the longest."""
+    special = tokenizer.special_tokens.items()
+    found = [(text.index(token), -len(token), number, token) for number, token in special if token in text]
+    return min(found)[2:] if found else None
 
 
 def _check_start(shorter: str, longer: str) -> None:

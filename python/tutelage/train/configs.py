@@ -206,6 +206,86 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal.
+
+    The whole conversation is the model's prompt each time, written by its chat template. Lines that begin with a slash are
+    commands: /help lists them. Ctrl-C stops an answer, and at the prompt ends the chat.
+    """
+
+    model: str = "runs/sft/model"
+    """Folder of the model, its tokenizer and chat template."""
+    system: str | None = None
+    """What a system message in front of every conversation says."""
+    max_new_tokens: int = 512
+    """At most so many tokens an answer."""
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 the likely becomes likelier. 0: always the likeliest token."""
+    top_k: int = 0
+    """Draw among the so many likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest."""
+    seed: int = 0
+    """Of the draws: the same lines give the same answers. The nth answer draws with seed + n."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: round the matrices; half the memory to read, so faster."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "max_new_tokens", 1)
+        at_least(self, "seed", 0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a model: `tutelage eval MEASURE --model FOLDER --data FILE...`.
+
+    bits_per_byte: how well it predicts text. accuracy: the share of prompts that it answers right. win_rate: how often a
+    judge prefers its answers to those of --against. kl: how far it is from --against, on its own answers.
+    """
+
+    measure: Literal["bits_per_byte", "accuracy", "win_rate", "kl"] = "accuracy"
+    """What to measure; may stand without --measure in front."""
+    model: str = "runs/pretrain/model"
+    """Folder of the model and its tokenizer."""
+    data: tuple[str, ...] = ()
+    """Text (bits_per_byte; as for `tutelage pretrain`), or rows with a prompt (.jsonl, .json, .parquet)."""
+    against: str | None = None
+    """Folder of the other model, for win_rate and kl."""
+    scorer: str | None = None
+    """module:name or file.py:name of a function (prompt, answer, row) -> score in 0 .. 1; row holds the other fields. None:
+    1 where the answer equals the row's completion but for white space."""
+    judge: str | None = None
+    """module:name or file.py:name of a function (prompt, answer, other, row) -> 1 where the model's answer is better, 0
+    where the other one is, 0.5 for a tie."""
+    max_new_tokens: int = 256
+    """At most so many tokens an answer."""
+    temperature: float | None = None
+    """Of the answers. None: 0, the likeliest token each time; for kl 1."""
+    seed: int = 0
+    """Of the draws."""
+    on_bad_row: str = "error"
+    """What to do with a bad row: "error", or "skip:<max>" to leave out up to so many, each reported."""
+    micro_batch_tokens: int = 8192
+    """Tokens scored at once: less needs less memory, the result is the same."""
+    json: str | None = None
+    """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "micro_batch_tokens"):
+            at_least(self, name, 1)
+        if self.measure == "kl" and self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"kl needs samples, so temperature must be positive, but it is {self.temperature}")
+        for name, measures in (("against", ("win_rate", "kl")), ("judge", ("win_rate",)), ("scorer", ("accuracy",))):
+            given, wanted = getattr(self, name) is not None, self.measure in measures
+            if given and not wanted:
+                raise ValueError(f"{name} belongs to {' and '.join(measures)}, not to {self.measure}")
+            if wanted and not given and name != "scorer":
+                raise ValueError(f"{self.measure} needs --{name}")
+
+
+@dataclass(frozen=True)
 class DataCheckConfig:
     """Check files of rows before a run: `tutelage data check FILE... --model FOLDER`.
 
