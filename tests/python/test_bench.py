@@ -11,12 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from tutelage import _core, bench
 from tutelage.batch import pack
-from tutelage.bench import KernelsConfig, RolloutConfig, TrainConfig, ceilings, kernels, measure, memory, peers, rollout, train
+from tutelage.bench import (
+    KernelsConfig,
+    RolloutConfig,
+    TrainConfig,
+    ceilings,
+    kernels,
+    llama_cpp,
+    measure,
+    memory,
+    peers,
+    rollout,
+    train,
+)
 from tutelage.bench.measure import Case, Plan
 from tutelage.config import ModelConfig
 from tutelage.model import Model
@@ -312,9 +325,48 @@ def test_bench_train_without_peers(tiny: None, capsys: pytest.CaptureFixture[str
     assert row["shape"] == "llama" and row["ratios"] == {} and "peak GiB" not in row["extra"]
 
 
+class FakeLlamaCpp:
+    """Where the peer itself is not installed: whether the file is there, and how it is asked."""
+
+    def __init__(self, path: Path, batch: int, context: int, threads: int) -> None:
+        assert path.stat().st_size > 1000 and context == 194 and threads == torch.get_num_threads()
+        self.batch = batch
+
+    def __enter__(self) -> FakeLlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def rate(self, prompts: list[list[int]], new_tokens: int, seconds: float) -> float:
+        assert (len(prompts), len(prompts[0]), new_tokens, seconds) == (self.batch, 64, 128, 0.01)
+        return 2.0
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_gguf_of_the_same_weights(kind: str, tmp_path: Path) -> None:
+    model = Model(dataclasses.replace(TINY_LLAMA.config, num_attention_heads=4, num_key_value_heads=2, head_dim=8), seed=2)
+    llama_cpp.write_gguf(model, tmp_path / "m.gguf", kind)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tensors = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    ours = dict(model.named_parameters())
+    assert len(tensors) == len(ours)
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    assert torch.equal(tensors["output_norm.weight"], ours["model.norm.weight"])
+    down = ours["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(tensors["blk.1.ffn_down.weight"], down.to(stored).float())
+    # Feature i of a head's first half stands beside its partner i + 4: rows 0, 4, 1, 5, 2, 6, 3, 7
+    for name, theirs in (("q_proj", "attn_q"), ("k_proj", "attn_k")):
+        rows = ours[f"model.layers.0.self_attn.{name}.weight"].to(stored).float()
+        assert torch.equal(tensors[f"blk.0.{theirs}.weight"][8:16], rows[8:16][[0, 4, 1, 5, 2, 6, 3, 7]])
+    assert int(reader.fields["llama.attention.head_count_kv"].contents()) == 2
+
+
 def test_bench_rollout(tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "SMOLLM2_135M", dataclasses.replace(TINY_LLAMA.config, max_position_embeddings=1024))
     monkeypatch.setattr(rollout, "WINDOW_SECONDS", 0.01)
+    monkeypatch.setattr(llama_cpp, "installed", lambda: True)
+    monkeypatch.setattr(llama_cpp, "LlamaCpp", FakeLlamaCpp)
     line = bench.run(RolloutConfig(batch=(1, 3), rounds=2))
     check(line, capsys.readouterr().out)
     cases = [(m["phase"], m["shape"], m["unit"]) for m in line["results"]]
@@ -328,8 +380,9 @@ def test_bench_rollout(tiny: None, capsys: pytest.CaptureFixture[str], monkeypat
         )
     ]
     for m in line["results"]:
-        decode_float32 = m["phase"] == "decode" and m["shape"].endswith("float32")
-        assert set(m["ratios"]) == ({"transformers"} if decode_float32 else set())
+        half = m["shape"].endswith("bfloat16")
+        llama = {"llama.cpp F16", "llama.cpp BF16"} if half else {"llama.cpp F32"}
+        assert set(m["ratios"]) == ({"transformers", *llama} if m["phase"] == "decode" else set())
         assert m["rates"]["ours"]["median"] > 0 and m["fractions"]["ours"]["median"] > 0
     with pytest.raises(ValueError, match=r"each at least 1, but it is \(0,\)"):
         bench.run(RolloutConfig(batch=(0,)))
