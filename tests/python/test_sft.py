@@ -353,7 +353,7 @@ def test_a_resume_behind_the_best_step_still_saves_its_model(base: Path, rows: P
     assert weights(again.folder) == weights(best.folder)
     # In another folder too, which has nothing of the first run but the path of a checkpoint.
     newest = newest_complete(tmp_path / "again")
-    moved = sft(overfitting(base, rows, tmp_path / "moved", **options, resume=str(newest)))
+    moved = sft(overfitting(base, rows, tmp_path / "moved", **options, resume=str(newest), plot=True))
     assert weights(moved.folder) == weights(best.folder)
 
 

@@ -227,7 +227,7 @@ def _baselines(held_out: list[HeldOut]) -> dict[str, float]:
 
 
 def _conclude(run: Run, result: PretrainResult, config: PretrainConfig) -> None:
-    if config.plot:
+    if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
         run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", "bits per byte"))
     if result.bits_per_byte:
         run.console.print(_comparison(result))

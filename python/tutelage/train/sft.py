@@ -54,7 +54,7 @@ class SftResult:
     tokens: int
     """Learned, all processes of the run together; a token that is seen twice counts twice."""
     loss: float
-    """Of the last line of metrics, in nats per token."""
+    """Of the last step, in nats per token."""
     eval_loss: float | None
     """Of the model in `folder` on the held-out examples, in nats per token; None where nothing is held out."""
     seconds: float
@@ -98,7 +98,7 @@ def sft(
 
         state = run.start(model, optimizer, f"{data.fingerprint} {held_out.fingerprint}", base=_content(model))
         cursor = Cursor(**state.get("cursor", {}))
-        tokens, eval_loss = state.get("tokens", 0), state.get("eval_loss")
+        tokens, loss, eval_loss = state.get("tokens", 0), state.get("loss", math.nan), state.get("eval_loss")
         best = {name: state[name] for name in ("best_eval_loss", "best_step", "best_params") if name in state}
         for step in run.steps(last):
             optimizer.lr = learning_rate(config, step, last)
@@ -140,8 +140,8 @@ def sft(
                 run.say(f"step {step}: loss {eval_loss:.3f} on the held-out examples")
                 if config.select_by == "eval_loss" and eval_loss < best.get("best_eval_loss", math.inf):
                     best = {"best_eval_loss": eval_loss, "best_step": step, "best_params": model.params.clone()}
-            state = {"cursor": dataclasses.asdict(cursor), "tokens": tokens, "eval_loss": eval_loss, **best}
-            run.end_step(model, optimizer, state)
+            state = {"cursor": dataclasses.asdict(cursor), "tokens": tokens, "loss": loss, "eval_loss": eval_loss}
+            run.end_step(model, optimizer, {**state, **best})
 
         if best:
             with torch.no_grad():
@@ -153,7 +153,7 @@ def sft(
             selected_step=best.get("best_step", last),
             examples=len(data),
             tokens=tokens,
-            loss=[line["loss"] for line in picture.read_metrics(run.folder / METRICS) if "loss" in line][-1],
+            loss=loss,
             eval_loss=best.get("best_eval_loss", eval_loss),
             seconds=run.seconds,
             tokens_per_second=run.tokens / run.seconds if run.tokens else 0.0,
@@ -236,7 +236,7 @@ def _checked(loss: Any) -> torch.Tensor:
 
 
 def _conclude(run: Run, result: SftResult, config: SftConfig) -> None:
-    if config.plot:
+    if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
         run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", "loss (nats per token)"))
     measured = "" if result.eval_loss is None else f", {result.eval_loss:.3f} on the held-out examples"
     run.say(f"loss {result.loss:.3f}{measured}, in nats per token; {result.tokens_per_second:,.0f} tokens/s")
