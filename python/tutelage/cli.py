@@ -42,6 +42,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:PretrainConfig",
         "tutelage.train.pretrain:pretrain",
     ),
+    "sft": Command(
+        "Teach a model by examples: prompts and the answers to give.",
+        "tutelage.train.configs:SftConfig",
+        "tutelage.train.sft:sft",
+    ),
     "generate": Command(
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tutelage.batch import pack
+from tutelage.batch import PackedBatch, pack
 from tutelage.data.compression import bits_per_byte
 from tutelage.data.corpus import HeldOut
 from tutelage.data.documents import DocumentSet
@@ -29,7 +29,19 @@ def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int
     most `max_tokens` (≥ context) go through the model at once; neither that nor the number of threads changes
     a bit of the result.
     """
-    batch = pack(held_out.sequences(context))
+    return _nats(model, pack(held_out.sequences(context)), max_tokens)
+
+
+def held_out_loss(model: Model, batch: PackedBatch, max_tokens: int) -> float:
+    """Mean of −log p (natural logarithm) over the masked tokens of the whole batch.
+
+    At most `max_tokens` tokens go through the model at once; neither that nor the number of threads changes a
+    bit of the result.
+    """
+    return _nats(model, batch, max_tokens) / sum(batch.completion_counts)
+
+
+def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
     sums: list[float] = []
     with torch.no_grad():
         for part in batch.split(max_tokens):

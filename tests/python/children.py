@@ -13,7 +13,14 @@ from tutelage import cli
 from tutelage.data.packing import Cursor
 from tutelage.files import Disk, Operation
 from tutelage.train import pretrain as pretraining
-from tutelage.train.configs import PretrainConfig
+from tutelage.train import sft as fine_tuning
+from tutelage.train.configs import PretrainConfig, SftConfig
+
+# Of each loop: its module, its function and its config.
+LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
+    "pretrain": (pretraining, pretraining.pretrain, PretrainConfig),
+    "sft": (fine_tuning, fine_tuning.sft, SftConfig),
+}
 
 
 def counting(at: int, number: int, name: str = "", times: int = 1) -> Callable[[object], None]:
@@ -34,24 +41,25 @@ def counting(at: int, number: int, name: str = "", times: int = 1) -> Callable[[
     return passed
 
 
-def pretrain(
+def train(
     config: dict[str, Any],
+    loop: str = "pretrain",
     point: int = 0,
     operation: int = 0,
     name: str = "",
     threads: int = 1,
     forget_cursor: bool = False,
 ) -> int:
-    """A pretraining run that is killed at its point-th named point (of `name`) or operation-th disk
+    """A run that is killed at its point-th named point (of `name`) or operation-th disk
     operation.
 
     forget_cursor: switches the protection off that the kill tests are about.
     """
     torch.set_num_threads(threads)
     if forget_cursor:
-        pretraining.Cursor = _first_cursor
+        LOOPS[loop][0].Cursor = _first_cursor
     disk = Disk(counting(operation, signal.SIGKILL))
-    pretraining.pretrain(_config(config), disk=disk, fault=counting(point, signal.SIGKILL, name))
+    LOOPS[loop][1](_config(config, loop), disk=disk, fault=counting(point, signal.SIGKILL, name))
     return 0
 
 
@@ -59,22 +67,24 @@ def _first_cursor(**saved: int) -> Cursor:
     return Cursor()
 
 
-def passed(config: dict[str, Any]) -> int:
+def passed(config: dict[str, Any], loop: str = "pretrain") -> int:
     """A whole run; prints how many named points and how many disk operations it passed."""
     torch.set_num_threads(1)
     points: list[str] = []
     operations: list[Operation] = []
-    pretraining.pretrain(_config(config), disk=Disk(operations.append), fault=points.append)
+    LOOPS[loop][1](_config(config, loop), disk=Disk(operations.append), fault=points.append)
     print(len(points), len(operations))
     return 0
 
 
-def _config(fields: dict[str, Any]) -> PretrainConfig:
-    return PretrainConfig(**{**fields, "data": tuple(fields["data"])})
+def _config(fields: dict[str, Any], loop: str) -> Any:
+    return LOOPS[loop][2](**{**fields, "data": tuple(fields["data"])})
 
 
-def command(config: dict[str, Any], point: int = 0, name: str = "", number: int = 0, times: int = 1) -> int:
-    """`tutelage pretrain` as the command line runs it, with signals at a named point."""
+def command(
+    config: dict[str, Any], loop: str = "pretrain", point: int = 0, name: str = "", number: int = 0, times: int = 1
+) -> int:
+    """`tutelage LOOP` as the command line runs it, with signals at a named point."""
     torch.set_num_threads(1)
     fault = counting(point, number, name, times)
-    return cli.run("pretrain", lambda: pretraining.pretrain(_config(config), fault=fault))
+    return cli.run(loop, lambda: LOOPS[loop][1](_config(config, loop), fault=fault))

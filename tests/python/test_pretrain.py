@@ -105,13 +105,13 @@ def whole(children: Forker, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 def kill_and_resume(children: Forker, data: Path, folder: Path, kill: dict[str, int], **others: Any) -> str:
     """The digest of a run that is killed once and resumed."""
-    status, output = children.run("children:pretrain", config=fields(data, folder), **kill)
+    status, output = children.run("children:train", config=fields(data, folder), **kill)
     assert status == -signal.SIGKILL, output
     return resume(children, data, folder, **others)
 
 
 def resume(children: Forker, data: Path, folder: Path, **others: Any) -> str:
-    status, output = children.run("children:pretrain", config=fields(data, folder, resume="auto"), **others)
+    status, output = children.run("children:train", config=fields(data, folder, resume="auto"), **others)
     assert status == 0, output
     return digest(folder)
 
@@ -128,7 +128,7 @@ def test_a_kill_between_disk_operations_changes_no_bit(children: Forker, data: P
 
 
 def killed_at_a_random_time(children: Forker, data: Path, folder: Path, seconds: float, moments: random.Random) -> int:
-    child = children.start("children:pretrain", config=fields(data, folder, resume="auto"))
+    child = children.start("children:train", config=fields(data, folder, resume="auto"))
     time.sleep(moments.uniform(0.0, seconds))  # the instant is the random variable of this test
     os.kill(child.pid, signal.SIGKILL)
     return child.wait()

@@ -48,7 +48,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.optimizer = AdamW(self.model, 1e-2)
 
-    def objective(self, part: PackedBatch, denominator: int) -> torch.Tensor:
+    def objective(self, part: PackedBatch, denominator: int, _: range) -> torch.Tensor:
         return cross_entropy(self.model.score(part).logprobs, part.completion_mask, denominator)
 
     def step(self, run: Run, objective: Any = None) -> float:
@@ -116,8 +116,8 @@ def test_accumulation_over_micro_batches_gives_the_bits_of_one_batch(tmp_path: P
 
     loop = Loop()
 
-    def wrong(part: PackedBatch, denominator: int) -> torch.Tensor:
-        return loop.objective(part, int(part.completion_mask.sum()))
+    def wrong(part: PackedBatch, denominator: int, sequences: range) -> torch.Tensor:
+        return loop.objective(part, int(part.completion_mask.sum()), sequences)
 
     with open_run(RunConfig(output_dir=str(tmp_path / "wrong"))) as run:
         run.accumulate(loop.model, loop.batch, 5, wrong)
@@ -180,8 +180,8 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
 def poisoned(loop: Loop, stage: str) -> Any:
     """An objective that makes, or meets, a number that is not finite at the given stage."""
 
-    def objective(part: PackedBatch, denominator: int) -> torch.Tensor:
-        loss = loop.objective(part, denominator)
+    def objective(part: PackedBatch, denominator: int, sequences: range) -> torch.Tensor:
+        loss = loop.objective(part, denominator, sequences)
         if stage == "loss":
             return loss * float("nan")
         if stage == "gradient":

@@ -7,6 +7,7 @@ line.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +64,48 @@ FREE_FIELDS = frozenset(
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RunConfig):
+class TrainingConfig(RunConfig):
+    """What the loops that learn from given text or examples can be told besides."""
+
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward and backward: less needs less memory and gives the same weights, bit for bit."""
+    max_steps: int = 0
+    """Steps of the optimizer."""
+    learning_rate: float = 0.0
+    """Highest learning rate, reached after the warm-up."""
+    lr_scheduler_type: Literal["cosine", "wsd"] = "cosine"
+    """cosine: half a wave down. wsd: warm up, stay, then decay along a line over the last decay_ratio of the
+    steps."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    decay_ratio: float = 0.3
+    """Share of the steps in which wsd decays."""
+    min_lr_ratio: float = 0.0
+    """The last learning rate, as a share of the highest."""
+    weight_decay: float = 0.0
+    """Of the matrices; norms and biases do not decay."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this length where it is longer."""
+    eval_steps: int = 250
+    """Measure on what is held out every so many steps, and after the last."""
+    plot: bool = True
+    """Draw the loss at the end: in the terminal, and as output_dir/loss.png where matplotlib is installed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_steps", "learning_rate", "weight_decay"):
+            at_least(self, name, 0)
+        for name in ("micro_batch_tokens", "eval_steps"):
+            at_least(self, name, 1)
+        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, but it is {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, but it is {self.max_grad_norm}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
     """Pretrain a language model on text.
 
     Without --data it reads the home library, the prose of this Python's own standard library (about 3 MB of
@@ -99,45 +141,89 @@ class PretrainConfig(RunConfig):
     """Longest sequence, in tokens; longer documents are read in pieces. 0: as the size has it."""
     batch_tokens: int = 0
     """Tokens of one step of the optimizer, a multiple of context. 0: as the size has it."""
-    micro_batch_tokens: int = 8192
-    """Tokens of one forward and backward: less needs less memory and gives the same weights, bit for bit."""
     max_steps: int = 0
     """Steps of the optimizer. 0: as the size has it."""
     learning_rate: float = 0.0
     """Highest learning rate, reached after the warm-up. 0: as the size has it."""
-    lr_scheduler_type: Literal["cosine", "wsd"] = "cosine"
-    """cosine: half a wave down. wsd: warm up, stay, then decay along a line over the last decay_ratio of the
-    steps."""
     warmup_ratio: float = 0.05
     """Share of the steps in which the learning rate rises from 0."""
-    decay_ratio: float = 0.3
-    """Share of the steps in which wsd decays."""
-    min_lr_ratio: float = 0.0
-    """The last learning rate, as a share of the highest."""
     weight_decay: float = 0.1
     """Of the matrices; norms and biases do not decay."""
-    max_grad_norm: float = 1.0
-    """The gradient is scaled down to this length where it is longer."""
     eval_steps: int = 250
-    """Measure bits per byte on the held-out documents every so many steps."""
-    plot: bool = True
-    """Draw the loss at the end: in the terminal, and as output_dir/loss.png where matplotlib is installed."""
+    """Measure bits per byte on the held-out documents every so many steps, and after the last."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab_size", "context", "batch_tokens", "max_steps", "learning_rate", "weight_decay"):
+        for name in ("vocab_size", "context", "batch_tokens"):
             at_least(self, name, 0)
-        for name in ("micro_batch_tokens", "eval_steps"):
-            at_least(self, name, 1)
-        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, but it is {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, but it is {self.max_grad_norm}")
         if self.code and self.data:
             raise ValueError("code chooses what of the home library is read; it has no meaning beside data")
         if self.tokenizer is not None and self.vocab_size:
             raise ValueError("vocab_size is for training a tokenizer; the given one has its own")
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning: teach a model to answer as the examples do.
+
+    Rows of TRL's schemas: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Only the
+    answers are learned, unless it is said otherwise. `tutelage data check FILE --model FOLDER` shows what that
+    is.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/sft"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
+    folder)."""
+    model: str = "runs/pretrain/model"
+    """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
+    Face."""
+    data: tuple[str, ...] = ()
+    """Examples: .jsonl, .json or .parquet files, or folders of them."""
+    on_bad_row: str = "error"
+    """What to do with a bad row, or one of which nothing is learned: "error", or "skip:<max>" to leave out up
+    to so many, each reported."""
+    on_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a row that is longer than max_length."""
+    max_length: int = 0
+    """Longest sequence in tokens. 0: as long as the model can read."""
+    completion_only_loss: bool = True
+    """Of prompt and completion learn only the completion."""
+    assistant_only_loss: bool = True
+    """Of messages learn only what the assistant says."""
+    eval_fraction: float = 0.05
+    """Share of the prompts that are never trained on and measure what was learned."""
+    batch_size: int = 16
+    """Examples of one step of the optimizer."""
+    num_train_epochs: float = 3.0
+    """How often each example is seen."""
+    max_steps: int = 0
+    """Steps of the optimizer. 0: as num_train_epochs has it."""
+    learning_rate: float = 5e-4
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
+    min_lr_ratio: float = 0.1
+    """The last learning rate, as a share of the highest."""
+    eval_steps: int = 50
+    """Measure the loss on the held-out examples every so many steps, and after the last."""
+    select_by: Literal["last", "eval_loss"] = "last"
+    """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
+    objective: str | None = None
+    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the mean
+    negative log-likelihood of the tokens that are learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "max_length", 0)
+        at_least(self, "batch_size", 1)
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be positive, but it is {self.num_train_epochs}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be at least 0 and below 1, but it is {self.eval_fraction}")
+        if self.select_by == "eval_loss" and self.eval_fraction == 0:
+            raise ValueError("select_by eval_loss needs held-out examples: give an eval_fraction above 0")
 
 
 @dataclass(frozen=True)

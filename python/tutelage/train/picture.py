@@ -30,13 +30,25 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
+def show(metrics: Path, image: Path, measured: str) -> str:
+    """The training loss of a metrics.jsonl as a line of text; draws `image` too where matplotlib is installed.
+
+    measured: what was measured on what is held out, with its unit.
+    """
+    records = read_metrics(metrics)
+    if can_draw():
+        draw(records, image, measured)
+    losses = [record["loss"] for record in records if "loss" in record]
+    return f"loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f}"
+
+
 def can_draw() -> bool:
     """Is matplotlib installed?"""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(records: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Writes a PNG: training loss, and held-out bits per byte of each source, over the steps."""
+def draw(records: Sequence[Mapping[str, float]], path: Path, measured: str) -> None:
+    """Writes a PNG: training loss, and what was measured on what is held out (eval_…), over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -48,10 +60,10 @@ def draw(records: Sequence[Mapping[str, float]], path: Path) -> None:
     right = left.twinx()
     names = sorted({name for record in records for name in record if name.startswith("eval_")})
     for name in names:
-        measured = [record for record in records if name in record]
+        those = [record for record in records if name in record]
         label = name.removeprefix("eval_").replace("_", " ")
-        right.plot([r["step"] for r in measured], [r[name] for r in measured], marker="o", label=label)
-    right.set_ylabel("held-out bits per byte")
+        right.plot([r["step"] for r in those], [r[name] for r in those], marker="o", label=label)
+    right.set_ylabel(f"held-out {measured}")
     figure.legend(loc="outside upper right")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)

@@ -32,7 +32,7 @@ from tutelage.optimizer import AdamW
 from tutelage.train import picture
 from tutelage.train.configs import PretrainConfig
 from tutelage.train.reading import read_text
-from tutelage.train.run import METRICS, Run, ignore, open_run, schedule, write_json
+from tutelage.train.run import METRICS, Run, ignore, learning_rate, open_run, write_json
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,14 @@ def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str]
         optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         _introduce(run, corpus, model, config)
 
-        def objective(part: PackedBatch, denominator: int) -> torch.Tensor:
+        def objective(part: PackedBatch, denominator: int, _: range) -> torch.Tensor:
             return cross_entropy(model.score(part).logprobs, part.completion_mask, denominator)
 
         state = run.start(model, optimizer, data.fingerprint)
         cursor = Cursor(**state.get("cursor", {}))
         tokens, bits = state.get("tokens", 0), state.get("bits", {})
         for step in run.steps(config.max_steps):
-            optimizer.lr = config.learning_rate * schedule(
-                config.lr_scheduler_type,
-                step,
-                config.max_steps,
-                round(config.warmup_ratio * config.max_steps),
-                config.decay_ratio,
-                config.min_lr_ratio,
-            )
+            optimizer.lr = learning_rate(config, step, config.max_steps)
             bins, cursor = data.take(cursor, config.batch_tokens // config.context)
             batch = pack([piece for pieces in bins for piece in pieces])
             optimizer.zero_grad()
@@ -234,12 +227,8 @@ def _baselines(held_out: list[HeldOut]) -> dict[str, float]:
 
 
 def _conclude(run: Run, result: PretrainResult, config: PretrainConfig) -> None:
-    records = picture.read_metrics(run.folder / METRICS)
-    if config.plot:
-        losses = [record["loss"] for record in records if "loss" in record]
-        run.say(f"loss {losses[0]:.2f} {picture.sparkline(losses)} {losses[-1]:.2f}")
-        if picture.can_draw():
-            picture.draw(records, run.folder / "loss.png")
+    if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
+        run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", "bits per byte"))
     if result.bits_per_byte:
         run.console.print(_comparison(result))
     run.say(f"model and tokenizer: {result.folder}")

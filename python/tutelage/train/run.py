@@ -31,12 +31,16 @@ from tutelage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.optimizer import AdamW, NonFiniteGradientError
-from tutelage.train.configs import FREE_FIELDS, RunConfig, resolved
+from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 
-Objective = Callable[[PackedBatch, int], torch.Tensor]
-"""(micro-batch, number of masked tokens in the whole step) -> its share of the step's loss, a scalar."""
+_LOOP = "loop."
+"""Begins the names of a loop's own tensors in a checkpoint."""
+
+Objective = Callable[[PackedBatch, int, range], torch.Tensor]
+"""(micro-batch, number of masked tokens in the whole step, which of the step's sequences these are) -> its
+share of the step's loss, a scalar."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -108,7 +112,7 @@ class Run:
         self._fault = fault
         self._first_step = self._last_step = self.step
         self._losses: list[float] = []  # of the steps since the last line of metrics
-        self._fingerprint = ""
+        self._fingerprint = self._base = ""
         self._started = 0.0
         self._bar: Bar | None = None
         self._board = _tensorboard(folder, self.step) if config.report_to == "tensorboard" else None
@@ -119,13 +123,15 @@ class Run:
 
     # ---- the state
 
-    def start(self, model: Model, optimizer: AdamW, fingerprint: str) -> Mapping[str, Any]:
+    def start(self, model: Model, optimizer: AdamW, fingerprint: str, base: str = "") -> Mapping[str, Any]:
         """Puts model and optimizer into the checkpoint's state and returns the loop's own, as `end_step` got
         it; {} at a fresh start. Writes config.yaml, and cuts metrics.jsonl back to the checkpoint's step.
 
-        fingerprint: of the data. Raises ValueError naming what is not as it was when the run began.
+        fingerprint: of the data. base: of the model that training starts from, where it was not made here.
+
+        Raises ValueError naming what is not as it was when the run began.
         """
-        self._fingerprint = fingerprint
+        self._fingerprint, self._base = fingerprint, base
         loop = {} if self._checkpoint is None else self._restore(self._checkpoint, model, optimizer)
         self._checkpoint = None  # its tensors are copied: give the memory back
         document = {"format_version": files.FORMAT_VERSION, **resolved(self._config)}
@@ -148,13 +154,18 @@ class Run:
                 f"cannot resume {checkpoint.folder}: the data or the tokenizer is not what that run read; "
                 "bring it back, or start a new run in another --output_dir"
             )
+        if saved.get("base", "") != self._base:
+            raise ValueError(
+                f"cannot resume {checkpoint.folder}: the model to start from is not what that run started from; "
+                "bring it back, or start a new run in another --output_dir"
+            )
         optimizer.load_state_dict({"steps": saved["optimizer_steps"], **tensors})
         with torch.no_grad():
             model.params.copy_(tensors["params"])
         self._losses = list(saved["losses"])
         self.say(f"resuming after step {self.step}")
-        loop: Mapping[str, Any] = saved["loop"]
-        return loop
+        own = {name.removeprefix(_LOOP): tensor.clone() for name, tensor in tensors.items() if name.startswith(_LOOP)}
+        return {**saved["loop"], **own}
 
     def _identity(self) -> dict[str, object]:
         """The options that the weights depend on."""
@@ -164,16 +175,23 @@ class Run:
         if (self.folder / METRICS).exists():
             files.sync_file(self.folder / METRICS, self._disk)
         own = optimizer.state_dict()
+        tensors = {name: value for name, value in loop.items() if isinstance(value, torch.Tensor)}
         save_checkpoint(
             self.folder,
             self.step,
-            {"params": model.params, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]},
+            {
+                "params": model.params,
+                "exp_avg": own["exp_avg"],
+                "exp_avg_sq": own["exp_avg_sq"],
+                **{_LOOP + name: tensor for name, tensor in tensors.items()},
+            },
             {
                 "config": self._identity(),
                 "fingerprint": self._fingerprint,
                 "optimizer_steps": own["steps"],
                 "losses": self._losses,
-                "loop": dict(loop),
+                "loop": {name: value for name, value in loop.items() if name not in tensors},
+                **({"base": self._base} if self._base else {}),
             },
             keep=self._config.save_total_limit,
             disk=self._disk,
@@ -208,7 +226,7 @@ class Run:
         denominator = int(batch.completion_mask.sum())
         loss, first = 0.0, 0
         for part in batch.split(max_tokens):
-            share = objective(part, denominator)
+            share = objective(part, denominator, range(first, first + len(part)))
             if not math.isfinite(share.item()):
                 raise NonFiniteError(
                     f"step {self.step}: the loss is {share.item()}; the update was not applied. "
@@ -267,7 +285,7 @@ class Run:
 
     def end_step(self, model: Model, optimizer: AdamW, loop: Mapping[str, Any]) -> None:
         """Saves a checkpoint where one is due; `loop` is all that the loop's next step depends on besides
-        model and optimizer.
+        model and optimizer: JSON values and tensors.
 
         Raises Interrupted, when it has saved, if a signal has arrived.
         """
@@ -311,6 +329,18 @@ def schedule(kind: str, step: int, max_steps: int, warmup_steps: int, decay_rati
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * through)) / 2
     left = (max_steps - step) / max(decay_ratio * max_steps, 1)
     return min_ratio + (1 - min_ratio) * min(left, 1.0)
+
+
+def learning_rate(config: TrainingConfig, step: int, max_steps: int) -> float:
+    """Of `step`, 1 … max_steps, as `config` schedules it."""
+    return config.learning_rate * schedule(
+        config.lr_scheduler_type,
+        step,
+        max_steps,
+        round(config.warmup_ratio * max_steps),
+        config.decay_ratio,
+        config.min_lr_ratio,
+    )
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
