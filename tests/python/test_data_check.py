@@ -144,3 +144,19 @@ def test_the_options_reach_the_loaders(tmp_path: Path, model: Path) -> None:
     long = write(tmp_path / "c.jsonl", {"prompt": "a" * 30, "completion": "b"}, {"prompt": "a", "completion": "b"})
     dropped = data_check(DataCheckConfig(data=(str(long),), model=str(model), max_length=9, on_long="drop"))
     assert dropped.report.counts == {"too long, dropped": 1}
+
+
+def test_a_template_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = save_tokenizer(tmp_path / "plain", None)
+    rows = write(tmp_path / "rows.jsonl", {"messages": turns("hello", "there")})
+    assert main(["data", "check", str(rows), "--model", str(plain)]) == 2
+    assert "no chat template" in capsys.readouterr().err
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML)
+    assert main(["data", "check", str(rows), "--model", str(plain), "--chat_template_path", str(template)]) == 0
+    assert "there<|im_end|>" in capsys.readouterr().out
+    template.write_text("{% for %}")
+    assert main(["data", "check", str(rows), "--model", str(plain), "--chat_template_path", str(template)]) == 2
+    assert f"{template}: chat_template.jinja" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="chat_template_path writes messages for a tokenizer: give its folder as --model"):
+        DataCheckConfig(data=(str(rows),), chat_template_path=str(template))

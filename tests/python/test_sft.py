@@ -412,6 +412,20 @@ def test_an_objective_that_returns_something_else_is_refused(
         sft(config(base, rows, tmp_path / "run"), objective)
 
 
+def test_a_base_model_without_a_chat_template_is_given_one(base: Path, rows: Path, tmp_path: Path) -> None:
+    plain = save_model(tmp_path / "plain", template=None)
+    path = tmp_path / "chatml.jinja"
+    path.write_text(CHATML)
+    with pytest.raises(ValueError, match="no chat template, so messages cannot become text"):
+        sft(config(plain, rows, tmp_path / "refused"))
+    given = sft(config(plain, rows, tmp_path / "given", chat_template_path=str(path)))
+    own = sft(config(base, rows, tmp_path / "own"))
+    models = [Model.from_pretrained(result.folder) for result in (given, own)]
+    assert bits(models[0].params) == bits(models[1].params)
+    assert models[0].tokenizer.chat(turns("a", "b")) == models[1].tokenizer.chat(turns("a", "b"))
+    assert (given.folder / "chat_template.jinja").read_text() == CHATML
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 

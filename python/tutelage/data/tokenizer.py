@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ from tutelage.data.chat import ChatTemplate, ChatTemplateError, Rendered, Span
 _TOKENIZER = "tokenizer.json"
 # Everything of a Hugging Face folder that belongs to the tokenizer: kept byte for byte by `save`.
 _TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_CHAT_TEMPLATE = _TOKENIZER_FILES[-1]
 # Where the ids of special tokens are looked up when the files above do not name them.
 _MODEL_FILES = ("generation_config.json", "config.json")
 
@@ -121,6 +123,20 @@ class Tokenizer:
     def chat_template(self) -> ChatTemplate | None:
         """The chat template among the tokenizer's files. Raises ChatTemplateError for one that cannot be read."""
         return ChatTemplate.from_files(self.contents, self.special_tokens.values())
+
+    def with_chat_template(self, path: str | Path) -> Tokenizer:
+        """The same tokenizer with the chat template of a Jinja file; `save` writes it too.
+
+        The spellings of special tokens in it are tokens where the vocabulary has them, and plain text otherwise.
+        Raises ChatTemplateError naming the file for a template that does not compile, OSError for a file that
+        cannot be read.
+        """
+        changed = dataclasses.replace(self, contents={**self.contents, _CHAT_TEMPLATE: Path(path).read_bytes()})
+        try:
+            ChatTemplate.from_files(changed.contents, changed.special_tokens.values())
+        except ChatTemplateError as error:
+            raise ChatTemplateError(f"{path}: {error}") from error
+        return changed
 
     def chat(
         self,

@@ -180,6 +180,8 @@ class SftConfig(TrainingConfig):
     model: str = "runs/pretrain/model"
     """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
     Face."""
+    chat_template_path: str | None = None
+    """A Jinja file that makes text of messages, for a model without a chat template; saved with it. None: the model's own."""
     data: tuple[str, ...] = ()
     """Examples: .jsonl, .json or .parquet files, or folders of them."""
     on_bad_row: str = "error"
@@ -383,6 +385,8 @@ class DataCheckConfig:
     """Files (.jsonl, .json, .parquet) or folders of them, of one schema; may stand without --data in front."""
     model: str | None = None
     """Folder of the tokenizer (and its chat template). None: rows are checked, but not made into tokens."""
+    chat_template_path: str | None = None
+    """A Jinja file that makes text of messages, for a model without a chat template. None: the model's own."""
     max_length: int = 0
     """Longest sequence in tokens. 0: any length."""
     on_bad_row: str = "error"
@@ -401,6 +405,8 @@ class DataCheckConfig:
     def __post_init__(self) -> None:
         for name in ("max_length", "show"):
             at_least(self, name, 0)
+        if self.chat_template_path is not None and self.model is None:
+            raise ValueError("chat_template_path writes messages for a tokenizer: give its folder as --model")
 
 
 def at_least(config: object, name: str, least: int) -> None:

@@ -63,6 +63,8 @@ def data_check(config: DataCheckConfig) -> DataCheckResult:
         result = DataCheckResult(rows, None, Report(len(rows.rows) + len(rows.bad), len(rows.rows), bad), lengths)
     else:
         tokenizer = Tokenizer.from_pretrained(config.model)
+        if config.chat_template_path is not None:
+            tokenizer = tokenizer.with_chat_template(config.chat_template_path)
         loaded = _load(config, tokenizer, kinds.pop())
         lengths = np.array([len(s.tokens) for item in loaded.examples for s in sequences(item)], np.int64)
         result = DataCheckResult(rows, loaded, loaded.report, lengths)

@@ -171,6 +171,8 @@ def _base_model(config: SftConfig) -> tuple[Model, Tokenizer]:
     context = model.config.max_position_embeddings
     if config.max_length > context:
         raise ValueError(f"max_length is {config.max_length}, but the model reads at most {context} tokens: lower it")
+    if config.chat_template_path is not None:
+        model.tokenizer = model.tokenizer.with_chat_template(config.chat_template_path)
     return model, model.tokenizer
 
 
