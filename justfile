@@ -48,10 +48,10 @@ lint:
     mypy
     MYPYPATH=python mypy --strict bench
     python tools/check_symbols.py
-    clang-format --dry-run --Werror $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*')
+    clang-format --dry-run --Werror $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 
 # Write what lint would ask for
 format:
     ruff check --fix . && ruff format .
-    clang-format -i $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*')
+    clang-format -i $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 
