@@ -184,7 +184,8 @@ def test_a_ranking_is_the_mean_of_its_pairs(base: Path, tmp_path: Path) -> None:
     tied = first_step(base, [{**several, "ranking": [[2], [0], [3, 1]]}], tmp_path / "tied")
     for name in ("loss", "grad_norm", "accuracy", "margin"):
         assert whole[name] == pytest.approx(apart[name], rel=1e-4)
-        assert name == "accuracy" or tied[name] != pytest.approx(apart[name], rel=1e-3)
+    for name in ("loss", "grad_norm"):
+        assert tied[name] != pytest.approx(apart[name], rel=1e-2)
 
 
 def test_a_prompt_of_k_responses_costs_k_forwards(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +391,7 @@ def test_what_does_not_fit_is_named(base: Path, rows: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=message):
         reward(config(base, rows, run, micro_batch_tokens=20))
     short = write_rows(tmp_path / "short.jsonl", pairs())
-    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a", "completion": " b" * 80}])
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a", "completion": " b" * 40}])
     with pytest.raises(ValueError, match=r"long\.jsonl, line 1: the row has 8\d tokens, more than micro_batch_tokens = 70"):
         reward(config(base, short, run, demonstrations=str(long), micro_batch_tokens=70))
     with pytest.raises(ValueError, match=r"line 1: the row's fields \(completion, prompt\) fit no schema; it needs prompt"):
