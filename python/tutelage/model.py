@@ -375,7 +375,7 @@ class Model:
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
         model.eos_token_ids = hugging_face.read_eos_token_ids(folder)
-        if own_head == "scalar":
+        if own_head == wanted == "scalar":
             model.reward_bias = hugging_face.read_reward_bias(folder)
         return model
 

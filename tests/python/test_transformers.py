@@ -230,6 +230,8 @@ def test_a_reward_bias_is_subtracted_and_saved(tmp_path: Path, name: str) -> Non
         assert theirs.config.reward_bias == 0.75
         rewards = torch.cat([logits_of(theirs.double().eval(), tokens) for tokens in sequences()])
     assert (batch.last(plain) - rewards).abs().max() < 2e-5
+    if name == "gpt2":  # its language-model head is the embedding, so that it is one of both
+        assert tl.Model.from_pretrained(tmp_path / "ours", head="lm").reward_bias == 0.0
     values = model.values(batch)
     values.sum().backward()
     gradient = model.grads.clone()
