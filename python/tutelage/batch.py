@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,22 +71,32 @@ class PackedBatch:
         before = torch.cat([ends.new_zeros(1), ends])[self.cu_seqlens.long()]
         return [int(n) for n in (before[1:] - before[:-1]).tolist()]
 
-    def split(self, max_tokens: int) -> list[PackedBatch]:
+    def split(self, max_tokens: int, groups: Sequence[int] | None = None) -> list[PackedBatch]:
         """Consecutive batches of at most ``max_tokens`` tokens, in order.
 
+        Args:
+            groups: how many consecutive sequences each group has, the members of which stay together (None: each sequence
+                stands alone).
+
         Raises:
-            ValueError: naming a sequence that is longer by itself.
+            ValueError: naming a sequence or group that is longer by itself; groups that are not of all sequences.
         """
-        lengths = self.lengths
-        for s, length in enumerate(lengths):
+        sizes = [1] * len(self) if groups is None else list(groups)
+        if sum(sizes) != len(self) or min(sizes) < 1:
+            raise ValueError(f"groups must be of the batch's {len(self)} sequences, each of one or more, but they are {sizes}")
+        bounds = [0, *itertools.accumulate(sizes)]
+        starts = self.cu_seqlens.tolist()
+        lengths = [starts[last] - starts[first] for first, last in itertools.pairwise(bounds)]
+        for (first, last), length in zip(itertools.pairwise(bounds), lengths, strict=True):
             if length > max_tokens:
-                raise ValueError(f"sequence {s} has {length} tokens, more than max_tokens = {max_tokens}")
+                what = f"sequence {first} has" if last == first + 1 else f"sequences {first} to {last - 1} have together"
+                raise ValueError(f"{what} {length} tokens, more than max_tokens = {max_tokens}")
         parts: list[PackedBatch] = []
         first, tokens = 0, 0
-        for s, length in enumerate([*lengths, max_tokens + 1]):
+        for begin, length in zip(bounds, [*lengths, max_tokens + 1], strict=True):
             if tokens + length > max_tokens:
-                parts.append(self._slice(first, s))
-                first, tokens = s, 0
+                parts.append(self._slice(first, begin))
+                first, tokens = begin, 0
             tokens += length
         return parts
 

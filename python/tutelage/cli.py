@@ -47,6 +47,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:SftConfig",
         "tutelage.train.sft:sft",
     ),
+    "reward": Command(
+        "Teach a model to judge: answers of which one was preferred, or rankings of several.",
+        "tutelage.train.configs:RewardConfig",
+        "tutelage.train.reward:reward",
+    ),
     "generate": Command(
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",

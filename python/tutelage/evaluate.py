@@ -49,6 +49,16 @@ def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
     return -math.fsum(sums)
 
 
+def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch.Tensor:
+    """The reward of each sequence, float32 [S]: the scalar head's value at its last token.
+
+    At most `max_tokens` tokens go through the model at once; neither that nor the number of threads changes a
+    bit of the result.
+    """
+    with torch.no_grad():
+        return torch.cat([part.last(model.values(part)) for part in batch.split(max_tokens)])
+
+
 def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int) -> dict[str, float]:
     """Bits per UTF-8 byte on the held-out documents of each source, by name, and of all of them as "all".
 

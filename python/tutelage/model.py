@@ -91,6 +91,8 @@ class Model:
         self.recompute = recompute
         self.logits_budget = logits_budget
         self.tokenizer: Tokenizer | None = None
+        self.reward_bias = 0.0
+        """Subtracted from every value of a scalar head; saved with the model."""
         self._level = level
         self._engine = _core.Transformer(config.core_fields(head), "float64" if dtype == torch.float64 else level or "")
         self.params = torch.empty(self._engine.size, dtype=dtype)
@@ -131,13 +133,14 @@ class Model:
         """The scalar head's value after every token: float32 [N], differentiable.
 
         A sequence's reward is the value at its last token (``batch.last``); the baseline of the action tokens[i] is value[i-1].
+        ``reward_bias`` is already subtracted.
 
         Raises:
             ValueError: as :meth:`score`; a language-model head.
         """
         keep = torch.is_grad_enabled()
         values: Tensor = _Values.apply(self._anchor, self, batch, keep)  # type: ignore[no-untyped-call]
-        return values
+        return values - self.reward_bias if self.reward_bias else values
 
     def activation_bytes(self, tokens: int, sequences: int, *, keep: bool = True) -> int:
         """Bytes of activations of one forward over so many tokens, kept for a backward (or only needed meanwhile)."""
@@ -344,6 +347,7 @@ class Model:
         )
         other.params.copy_(self.params)
         other.tokenizer, other._eos_token_ids = self.tokenizer, self._eos_token_ids
+        other.reward_bias = self.reward_bias
         return other
 
     @classmethod
@@ -352,7 +356,7 @@ class Model:
 
         Args:
             head: None: what config.json says. "scalar" on a language model's folder gives a fresh scalar head.
-            options: as the constructor's.
+            options: as the constructor's; ``seed`` is that of a fresh head.
 
         Raises:
             ValueError: naming the file, field or tensor that does not fit.
@@ -371,6 +375,8 @@ class Model:
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
         model.eos_token_ids = hugging_face.read_eos_token_ids(folder)
+        if own_head == wanted == "scalar":
+            model.reward_bias = hugging_face.read_reward_bias(folder)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -382,6 +388,7 @@ class Model:
             self.named_parameters(),
             eos_token_ids=self.eos_token_ids,
             bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
+            reward_bias=self.reward_bias,
         )
         if self.tokenizer is not None:
             self.tokenizer.save(folder)

@@ -330,9 +330,7 @@ def reward_ranking(
             ``center_rewards_coefficient``).
         denominator: prompts in the optimizer step.
     """
-    _check_shapes(rewards=rewards)
-    if rewards.numel() != ranking.responses:
-        raise ValueError(f"there are {rewards.numel()} rewards, but the rankings are of {ranking.responses} responses")
+    _check_responses(rewards, ranking)
     if not centering >= 0:
         raise ValueError(f"centering must not be negative, but it is {centering}")
     won, lost = (kernels.embedding(ids, rewards[:, None])[:, 0] for ids in (ranking.winners, ranking.losers))
@@ -346,6 +344,29 @@ def reward_ranking(
         both = won + lost
         losses = losses + centering * (both * both)
     return _mean(ranking.weights.to(losses.dtype) * losses, ranking.prompts if denominator is None else denominator)
+
+
+def ranking_metrics(rewards: Tensor, ranking: RankingPairs) -> dict[str, float]:
+    """TRL's figures of a reward model.
+
+    Args:
+        rewards, ranking: as ``reward_ranking``'s.
+
+    Returns:
+        "accuracy": the share of the pairs whose winner has the higher reward; equal rewards count as wrong, responses that
+        are tied in the ranking make no pair. "margin": mean lead of the winners. "mean_reward", "min_reward", "max_reward":
+        of all responses.
+    """
+    _check_responses(rewards, ranking)
+    exact = rewards.detach().double()
+    lead = exact[ranking.winners.long()] - exact[ranking.losers.long()]
+    return {
+        "accuracy": _mean((lead > 0).double(), None).item(),
+        "margin": _mean(lead, None).item(),
+        "mean_reward": _mean(exact, None).item(),
+        "min_reward": exact.min().item(),
+        "max_reward": exact.max().item(),
+    }
 
 
 # ---- tokens: policy gradients
@@ -608,6 +629,12 @@ def _check_shapes(**vectors: Tensor) -> None:
     for name, x in others:
         if x.shape != pattern.shape:
             raise ValueError(f"{name} must have the shape of {first}, {list(pattern.shape)}, but it has {list(x.shape)}")
+
+
+def _check_responses(rewards: Tensor, ranking: RankingPairs) -> None:
+    _check_shapes(rewards=rewards)
+    if rewards.numel() != ranking.responses:
+        raise ValueError(f"there are {rewards.numel()} rewards, but the rankings are of {ranking.responses} responses")
 
 
 def _check_bool(**masks: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -117,6 +118,32 @@ def test_split_carries_the_rollouts_logprobs() -> None:
     batch = PackedBatch(batch.tokens, batch.cu_seqlens, batch.completion_mask, torch.arange(5.0))
     logprobs = [part.logprobs for part in batch.split(3)]
     assert [x.tolist() for x in logprobs if x is not None] == [[0, 1], [2, 3, 4]]
+
+
+@few
+@given(batches(), st.data())
+def test_split_keeps_groups_together(batch: PackedBatch, data: st.DataObject) -> None:
+    sizes: list[int] = []
+    while sum(sizes) < len(batch):
+        sizes.append(data.draw(st.integers(1, len(batch) - sum(sizes))))
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    longest = max(sum(batch.lengths[a:b]) for a, b in itertools.pairwise(ends))
+    parts = batch.split(data.draw(st.integers(longest, 2 * longest)), sizes)
+    assert torch.cat([part.tokens for part in parts]).tolist() == batch.tokens.tolist()
+    assert [length for part in parts for length in part.lengths] == batch.lengths
+    assert {sum(map(len, parts[:i])) for i in range(len(parts))} <= set(ends)
+
+
+def test_split_refuses_groups_that_do_not_fit() -> None:
+    batch = pack([[1], [2, 3, 4], [5, 6]])
+    assert [len(part) for part in batch.split(5, [1, 2])] == [1, 2]
+    assert [len(part) for part in batch.split(5)] == [2, 1]  # control
+    with pytest.raises(ValueError, match="sequences 1 to 2 have together 5 tokens, more than max_tokens = 4"):
+        batch.split(4, [1, 2])
+    for groups in ([1, 1], [4], [3, 0]):
+        message = f"groups must be of the batch's 3 sequences, each of one or more, but they are {groups}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            batch.split(9, groups)
 
 
 def test_split_refuses_a_sequence_that_is_too_long() -> None:

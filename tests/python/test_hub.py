@@ -24,7 +24,16 @@ from hypothesis import strategies as st
 from tutelage import files
 from tutelage.config import ModelConfig
 from tutelage.files import Disk, Operation
-from tutelage.hub.hugging_face import CONFIG, INDEX, WEIGHTS, read_config, read_eos_token_ids, read_tensors, write_folder
+from tutelage.hub.hugging_face import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    read_config,
+    read_eos_token_ids,
+    read_reward_bias,
+    read_tensors,
+    write_folder,
+)
 
 SIZES = {
     "vocab_size": 61,
@@ -799,3 +808,16 @@ def test_ids_that_cannot_end_a_completion(tmp_path: Path, value: Any) -> None:
     (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ValueError, match=f"{CONFIG}: eos_token_id must be a token id or a list of them, but it is"):
         read_eos_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.1, -3, 1e-9, None])
+def test_the_bias_of_a_reward_model_is_read(tmp_path: Path, value: float | None) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps({} if value is None else {"reward_bias": value}))
+    assert read_reward_bias(tmp_path) == (value or 0.0)
+
+
+@pytest.mark.parametrize("value", ["2", True, [1.0], math.inf, math.nan, 10**400, -1e31])
+def test_what_is_no_bias(tmp_path: Path, value: Any) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps({"reward_bias": value}))
+    with pytest.raises(ValueError, match=f"{CONFIG}: reward_bias must be a finite number, but it is"):
+        read_reward_bias(tmp_path)

@@ -31,6 +31,7 @@ from tutelage.objectives import (
     ppo_policy,
     ppo_value,
     preference_metrics,
+    ranking_metrics,
     ranking_pairs,
     reward_ranking,
     simpo,
@@ -597,6 +598,20 @@ SHAPE = " must have the shape of "
 def test_errors(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_ranking_metrics_are_trls() -> None:
+    """Pairs 2 > 1, 2 > 0, and of the second prompt one of equal rewards, which is no win; 1 and 0 are tied and no pair."""
+    rewards = torch.tensor([1.0, 5.0, 3.0, 2.0, 2.0], requires_grad=True)
+    assert ranking_metrics(rewards, ranking_pairs([[[2], [1, 0]], [[1], [0]]])) == {
+        "accuracy": pytest.approx(1 / 3),
+        "margin": 0.0,
+        "mean_reward": 2.6,
+        "min_reward": 1.0,
+        "max_reward": 5.0,
+    }
+    with pytest.raises(ValueError, match="there are 5 rewards, but the rankings are of 2 responses"):
+        ranking_metrics(rewards, PAIR)
 
 
 def test_ranking_pairs_are_a_value() -> None:

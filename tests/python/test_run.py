@@ -233,6 +233,34 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, sta
     assert newest_complete(tmp_path / "run") is None
 
 
+def test_a_reward_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    loop = Loop(Model(CONFIG, head="scalar"))
+
+    def objective(part: PackedBatch, denominator: int, sequences: range, factor: float = 1.0) -> torch.Tensor:
+        return part.last(loop.model.values(part)).sum() * factor
+
+    with open_run(RunConfig(output_dir=str(tmp_path / "run"))) as run:
+        with pytest.raises(NonFiniteError, match="Every reward is finite: the objective makes the number"):
+            run.accumulate(loop.model, loop.batch, 5, lambda *given: objective(*given, factor=math.nan))
+        with torch.no_grad():
+            dict(loop.model.named_parameters())["score.weight"].fill_(3e38)
+        with pytest.raises(NonFiniteError, match="Sequences 0 of the step have rewards that are not finite"):
+            run.accumulate(loop.model, loop.batch, 5, objective)
+
+
+def test_groups_are_never_cut_apart(tmp_path: Path) -> None:
+    loop, seen = Loop(), []
+
+    def objective(part: PackedBatch, denominator: int, sequences: range) -> torch.Tensor:
+        seen.append(sequences)
+        return loop.objective(part, denominator, sequences)
+
+    with open_run(RunConfig(output_dir=str(tmp_path / "run"))) as run:
+        run.accumulate(loop.model, loop.batch, 8, objective, [1, 2])
+        run.accumulate(loop.model, loop.batch, 8, objective)
+    assert seen == [range(1), range(1, 3), range(2), range(2, 3)]
+
+
 # --- signals ------------------------------------------------------------------------------------------------
 
 

@@ -213,6 +213,34 @@ def test_a_language_model_becomes_a_reward_model(tmp_path: Path, name: str) -> N
             tl.Model.from_pretrained(tmp_path / "reward", head="lm")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_reward_bias_is_subtracted_and_saved(tmp_path: Path, name: str) -> None:
+    """transformers loads the folder, keeps the field and does not subtract it."""
+    reference(name, "scalar").save_pretrained(tmp_path / "theirs")
+    model, batch = tl.Model.from_pretrained(tmp_path / "theirs"), tl.pack(sequences())
+    with torch.no_grad():
+        plain = model.values(batch)
+        model.reward_bias = 0.75
+        model.save_pretrained(tmp_path / "ours")
+        saved = tl.Model.from_pretrained(tmp_path / "ours")
+        for biased in (model, model.clone(), saved):
+            assert torch.equal(biased.values(batch), plain - 0.75) and biased.reward_bias == 0.75
+        assert (model.double().values(batch) - plain.double() + 0.75).abs().max() < 2e-5
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+        assert theirs.config.reward_bias == 0.75
+        rewards = torch.cat([logits_of(theirs.double().eval(), tokens) for tokens in sequences()])
+    assert (batch.last(plain) - rewards).abs().max() < 2e-5
+    if name == "gpt2":  # its language-model head is the embedding, so that it is one of both
+        assert tl.Model.from_pretrained(tmp_path / "ours", head="lm").reward_bias == 0.0
+    values = model.values(batch)
+    values.sum().backward()
+    gradient = model.grads.clone()
+    model.reward_bias = 0.0
+    model.zero_grad()
+    model.values(batch).sum().backward()
+    assert torch.equal(model.grads, gradient)
+
+
 def test_a_wrong_option_is_noticed(tmp_path: Path) -> None:
     """Control: the tolerance is far below what a window, a rotary base or a norm's epsilon changes."""
     theirs = reference("mistral, window 9", "lm")

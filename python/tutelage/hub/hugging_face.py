@@ -31,6 +31,7 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+REWARD_BIAS = "reward_bias"
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _MODEL_FILE = re.compile(
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _JSON_BYTES = 16 << 20  # the index of a model of 100,000 tensors has 10 MB; parsed JSON takes many times its size
 _LARGEST_SIZE = 2**31 - 1  # token ids are int32
+_LARGEST_BIAS = 1e30  # values are float32
 _SMALLEST_ELEMENT = 2  # bytes, of float16 and bfloat16
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -152,6 +154,21 @@ def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
             raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, but it is {reprlib.repr(value)}")
         return tuple(ids)
     return ()
+
+
+def read_reward_bias(folder: str | Path) -> float:
+    """What config.json says is to be subtracted from every value (its field reward_bias); 0 where it says nothing.
+
+    Raises:
+        ValueError: naming the file whose reward_bias is no finite number.
+    """
+    path = Path(folder) / CONFIG
+    value = _read_json(path).get(REWARD_BIAS)
+    if value is None:
+        return 0.0
+    if type(value) not in (int, float) or not -_LARGEST_BIAS < value < _LARGEST_BIAS:  # NaN is not above anything
+        raise ValueError(f"{path}: {REWARD_BIAS} must be a finite number, but it is {reprlib.repr(value)}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -512,6 +529,7 @@ def write_folder(
     *,
     eos_token_ids: Sequence[int] = (),
     bos_token_id: int | None = None,
+    reward_bias: float = 0.0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     disk: Disk = DISK,
 ) -> None:
@@ -525,6 +543,7 @@ def write_folder(
         folder: made if missing.
         tensors: (name, tensor), of one dtype, under the names that transformers uses.
         eos_token_ids, bos_token_id: what transformers' `generate` stops at and starts from.
+        reward_bias: see `read_reward_bias`; transformers keeps the field, but does not subtract it.
         max_shard_bytes: above it the weights become several files and an index.
 
     Raises:
@@ -538,6 +557,8 @@ def write_folder(
     }
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     document = {**_describe(config, head), **special_ids, "pad_token_id": None, "torch_dtype": dtype}
+    if reward_bias:
+        document[REWARD_BIAS] = reward_bias
     parts = _weight_parts(weights, max_shard_bytes)
     if eos_token_ids and head == "lm":
         parts[GENERATION_CONFIG] = [_json(special_ids)]

@@ -163,20 +163,9 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class SftConfig(TrainingConfig):
-    """Supervised fine-tuning: teach a model to answer as the examples do.
+class ExamplesConfig(TrainingConfig):
+    """What the loops that go on with a model and learn from rows can be told besides."""
 
-    Rows of TRL's schemas: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Only the
-    answers are learned, unless it is said otherwise. `tutelage data check FILE --model FOLDER` shows what that
-    is.
-
-    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
-    bits.
-    """
-
-    output_dir: str = "runs/sft"
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
-    folder)."""
     model: str = "runs/pretrain/model"
     """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
     Face."""
@@ -191,30 +180,18 @@ class SftConfig(TrainingConfig):
     """What to do with a row that is longer than max_length."""
     max_length: int = 0
     """Longest sequence in tokens. 0: as long as the model can read."""
-    completion_only_loss: bool = True
-    """Of prompt and completion learn only the completion."""
-    assistant_only_loss: bool = True
-    """Of messages learn only what the assistant says."""
     eval_fraction: float = 0.05
     """Share of the prompts that are never trained on and measure what was learned."""
     batch_size: int = 16
     """Examples of one step of the optimizer."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: float = 1.0
     """How often each example is seen."""
     max_steps: int = 0
     """Steps of the optimizer. 0: as num_train_epochs has it."""
-    learning_rate: float = 5e-4
-    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
-    million needs about a tenth."""
     min_lr_ratio: float = 0.1
     """The last learning rate, as a share of the highest."""
     eval_steps: int = 50
-    """Measure the loss on the held-out examples every so many steps, and after the last."""
-    select_by: Literal["last", "eval_loss"] = "last"
-    """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
-    objective: str | None = None
-    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the mean
-    negative log-likelihood of the tokens that are learned."""
+    """Measure on the held-out examples every so many steps, and after the last."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,8 +201,81 @@ class SftConfig(TrainingConfig):
             raise ValueError(f"num_train_epochs must be positive, but it is {self.num_train_epochs}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1, but it is {self.eval_fraction}")
+
+
+@dataclass(frozen=True)
+class SftConfig(ExamplesConfig):
+    """Supervised fine-tuning: teach a model to answer as the examples do.
+
+    Rows of TRL's schemas: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Only the
+    answers are learned, unless it is said otherwise. `tutelage data check FILE --model FOLDER` shows what that
+    is.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/sft"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
+    folder)."""
+    completion_only_loss: bool = True
+    """Of prompt and completion learn only the completion."""
+    assistant_only_loss: bool = True
+    """Of messages learn only what the assistant says."""
+    num_train_epochs: float = 3.0
+    """How often each example is seen."""
+    learning_rate: float = 5e-4
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
+    select_by: Literal["last", "eval_loss"] = "last"
+    """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
+    objective: str | None = None
+    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the mean
+    negative log-likelihood of the tokens that are learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.select_by == "eval_loss" and self.eval_fraction == 0:
             raise ValueError("select_by eval_loss needs held-out examples: give an eval_fraction above 0")
+
+
+@dataclass(frozen=True)
+class RewardConfig(ExamplesConfig):
+    """Train a reward model: a number for an answer, higher for the answer that people like better.
+
+    Rows of pairs, {"prompt": ..., "chosen": ..., "rejected": ...}, or of rankings, {"prompt": ..., "responses":
+    [...], "ranking": [[0], [2, 1]]}: groups of responses, best first, those of one group tied. All pairs of a
+    prompt are learned together, as InstructGPT did.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/reward"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face folder)."""
+    model: str = "runs/sft/model"
+    """Folder of the model to start from and its tokenizer: a language model, which gets a new scalar head, or a
+    reward model, which keeps its own."""
+    demonstrations: str | None = None
+    """Rows of good answers ({"prompt", "completion"}, {"messages"} or {"text"}), a file or folder: rewards are shifted so
+    that these score 0 on average. None: the best responses of the training data."""
+    on_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a row that is longer than max_length. The reward is read at a response's last token, so that of a
+    truncated one is read where it was cut."""
+    batch_size: int = 16
+    """Prompts of one step of the optimizer, each with all its responses."""
+    learning_rate: float = 1e-4
+    """Highest learning rate. The default is for models of a few million parameters; InstructGPT's, of six billion, had 9e-6."""
+    margin: bool = True
+    """Ask the chosen response to lead by the field "margin" of its row, where there is one."""
+    center_rewards_coefficient: float = 0.0
+    """Weight of a term that draws the rewards of every pair to a sum of 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.center_rewards_coefficient < math.inf:
+            value = self.center_rewards_coefficient
+            raise ValueError(f"center_rewards_coefficient must be at least 0 and finite, but it is {value}")
 
 
 @dataclass(frozen=True)

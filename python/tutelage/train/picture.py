@@ -30,14 +30,14 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def show(metrics: Path, image: Path, measured: str) -> str:
+def show(metrics: Path, image: Path, measured: str, unit: str = "nats per token") -> str:
     """The training loss of a metrics.jsonl as a line of text; draws `image` too where matplotlib is installed.
 
-    measured: what was measured on what is held out, with its unit.
+    measured: what was measured on what is held out, with its unit. unit: of the training loss.
     """
     records = read_metrics(metrics)
     if can_draw():
-        draw(records, image, measured)
+        draw(records, image, measured, unit)
     losses = [record["loss"] for record in records if "loss" in record]
     return f"loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f}"
 
@@ -47,7 +47,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(records: Sequence[Mapping[str, float]], path: Path, measured: str) -> None:
+def draw(records: Sequence[Mapping[str, float]], path: Path, measured: str, unit: str) -> None:
     """Writes a PNG: training loss, and what was measured on what is held out (eval_…), over the steps."""
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def draw(records: Sequence[Mapping[str, float]], path: Path, measured: str) -> N
     training = [record for record in records if "loss" in record]
     left.plot([r["step"] for r in training], [r["loss"] for r in training], color="0.6", label="training loss")
     left.set_xlabel("step")
-    left.set_ylabel("training loss (nats per token)")
+    left.set_ylabel(f"training loss ({unit})")
     right = left.twinx()
     names = sorted({name for record in records for name in record if name.startswith("eval_")})
     for name in names:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -218,14 +218,23 @@ class Run:
         if self.received is not None:  # it came after the last step's save
             raise self.interruption(self.received)
 
-    def accumulate(self, model: Model, batch: PackedBatch, max_tokens: int, objective: Objective) -> float:
+    def accumulate(
+        self,
+        model: Model,
+        batch: PackedBatch,
+        max_tokens: int,
+        objective: Objective,
+        groups: Sequence[int] | None = None,
+    ) -> float:
         """Forward and backward over a step's batch, at most `max_tokens` tokens at a time; returns the loss.
 
-        The gradients are the same bits for any max_tokens (P4). Raises NonFiniteError.
+        groups: the sequences that the objective needs together, see `PackedBatch.split`.
+
+        The gradients are the same bits for any max_tokens (P4). Raises NonFiniteError, and as `PackedBatch.split`.
         """
         denominator = int(batch.completion_mask.sum())
         loss, first = 0.0, 0
-        for part in batch.split(max_tokens):
+        for part in batch.split(max_tokens, groups):
             share = objective(part, denominator, range(first, first + len(part)))
             if not math.isfinite(share.item()):
                 raise NonFiniteError(
@@ -381,12 +390,13 @@ def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"{name} is the first parameter that is not finite"
+    what = "log-prob" if model.head == "lm" else "reward"
     with torch.no_grad():
-        sums = batch.sum(model.score(batch).logprobs)
-    rows = [str(first + row) for row in torch.nonzero(~torch.isfinite(sums)).flatten().tolist()]
+        found = batch.sum(model.score(batch).logprobs) if model.head == "lm" else batch.last(model.values(batch))
+    rows = [str(first + row) for row in torch.nonzero(~torch.isfinite(found)).flatten().tolist()]
     if not rows:
-        return "Every log-prob is finite: the objective makes the number"
-    return f"Sequences {', '.join(rows[:8])} of the step have log-probs that are not finite"
+        return f"Every {what} is finite: the objective makes the number"
+    return f"Sequences {', '.join(rows[:8])} of the step have {what}s that are not finite"
 
 
 def _bar(console: Console) -> Bar:

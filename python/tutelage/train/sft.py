@@ -7,7 +7,6 @@ warm-up. Its dropout is left out: with it a sequence's bits would depend on what
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tutelage.model import Model
 from tutelage.objectives import cross_entropy, load_objective
 from tutelage.optimizer import AdamW
 from tutelage.train import picture
+from tutelage.train.base_model import base_model, check_fits, content
 from tutelage.train.configs import SftConfig
 from tutelage.train.run import METRICS, Run, ignore, learning_rate, open_run, write_json
 
@@ -84,7 +84,7 @@ def sft(
     if objective is None and config.objective is not None:
         objective = load_objective(config.objective)
     with open_run(config, disk, fault) as run:
-        model, tokenizer = _base_model(config)
+        model, tokenizer = base_model(config, "lm")
         examples, held_out = _examples(run, config, model, tokenizer, objective is not None)
         data = Batches(examples, config.seed)
         eval_batch = _packed(held_out.examples) if len(held_out) else None
@@ -96,7 +96,7 @@ def sft(
             f"{last} steps of {config.batch_size} examples on {torch.get_num_threads()} threads"
         )
 
-        state = run.start(model, optimizer, f"{data.fingerprint} {held_out.fingerprint}", base=_content(model))
+        state = run.start(model, optimizer, f"{data.fingerprint} {held_out.fingerprint}", base=content(model))
         cursor = Cursor(**state.get("cursor", {}))
         tokens, loss, eval_loss = state.get("tokens", 0), state.get("loss", math.nan), state.get("eval_loss")
         best = {name: state[name] for name in ("best_eval_loss", "best_step", "best_params") if name in state}
@@ -162,27 +162,6 @@ def sft(
         return result
 
 
-def _base_model(config: SftConfig) -> tuple[Model, Tokenizer]:
-    model = Model.from_pretrained(config.model)
-    if model.head != "lm":
-        raise ValueError(f"{config.model} holds a reward model, and fine-tuning needs a language model")
-    if model.tokenizer is None:
-        raise ValueError(f"there is no tokenizer.json in {config.model}: put the model's tokenizer there")
-    context = model.config.max_position_embeddings
-    if config.max_length > context:
-        raise ValueError(f"max_length is {config.max_length}, but the model reads at most {context} tokens: lower it")
-    if config.chat_template_path is not None:
-        model.tokenizer = model.tokenizer.with_chat_template(config.chat_template_path)
-    return model, model.tokenizer
-
-
-def _content(model: Model) -> str:
-    """SHA-256 of the weights and the shape: equal means the same model."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    digest.update(model.params.numpy().data)
-    return digest.hexdigest()
-
-
 def _examples(
     run: Run, config: SftConfig, model: Model, tokenizer: Tokenizer, custom: bool
 ) -> tuple[ExampleSet[Example], ExampleSet[Example]]:
@@ -198,11 +177,7 @@ def _examples(
     )
     run.say(str(loaded.report))
     for example in loaded.examples:
-        if len(example.tokens) > config.micro_batch_tokens:
-            raise ValueError(
-                f"{example.where}: the row has {len(example.tokens)} tokens, more than micro_batch_tokens = "
-                f"{config.micro_batch_tokens}: raise it, or lower max_length"
-            )
+        check_fits(example.where, "the row has", len(example.tokens), config)
         if custom and DENOMINATOR in example.columns:
             raise ValueError(f"{example.where}: the field {DENOMINATOR!r} has a meaning to objectives: give it another name")
     training, held_out = split_examples(loaded, config.eval_fraction, config.seed)
