@@ -70,22 +70,30 @@ class PackedBatch:
         before = torch.cat([ends.new_zeros(1), ends])[self.cu_seqlens.long()]
         return [int(n) for n in (before[1:] - before[:-1]).tolist()]
 
-    def split(self, max_tokens: int) -> list[PackedBatch]:
+    def split(self, max_tokens: int, group: int = 1) -> list[PackedBatch]:
         """Consecutive batches of at most ``max_tokens`` tokens, in order.
 
+        Args:
+            group: so many consecutive sequences always stay together: 2 for pairs.
+
         Raises:
-            ValueError: naming a sequence that is longer by itself.
+            ValueError: naming a sequence, or a group of them, that is longer by itself; a number of sequences that ``group``
+                does not divide.
         """
-        lengths = self.lengths
-        for s, length in enumerate(lengths):
+        if group < 1 or len(self) % group:
+            raise ValueError(f"group must be at least 1 and divide the {len(self)} sequences, but it is {group}")
+        single = self.lengths
+        lengths = [sum(single[s : s + group]) for s in range(0, len(single), group)]
+        for g, length in enumerate(lengths):
             if length > max_tokens:
-                raise ValueError(f"sequence {s} has {length} tokens, more than max_tokens = {max_tokens}")
+                which = f"sequence {g} has" if group == 1 else f"sequences {g * group} to {(g + 1) * group - 1} have"
+                raise ValueError(f"{which} {length} tokens, more than max_tokens = {max_tokens}")
         parts: list[PackedBatch] = []
         first, tokens = 0, 0
-        for s, length in enumerate([*lengths, max_tokens + 1]):
+        for g, length in enumerate([*lengths, max_tokens + 1]):
             if tokens + length > max_tokens:
-                parts.append(self._slice(first, s))
-                first, tokens = s, 0
+                parts.append(self._slice(first * group, g * group))
+                first, tokens = g, 0
             tokens += length
         return parts
 

@@ -178,3 +178,26 @@ def test_one_entry_per_token(method: str) -> None:
     batch = pack([[1, 2, 3]])
     with pytest.raises(ValueError, match=re.escape("x must have one entry per token, [3], but it is [2]")):
         getattr(batch, method)(torch.zeros(2))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 3), st.integers(1, 60))
+def test_groups_are_never_cut_apart(lengths: list[int], group: int, max_tokens: int) -> None:
+    lengths = (lengths * group)[: len(lengths) // group * group] or lengths[:1] * group
+    batch = pack([[s + 1] * length for s, length in enumerate(lengths)])
+    sizes = [sum(lengths[s : s + group]) for s in range(0, len(lengths), group)]
+    if max(sizes) > max_tokens:
+        g = next(g for g, size in enumerate(sizes) if size > max_tokens)
+        which = f"sequence {g} has" if group == 1 else f"sequences {g * group} to {(g + 1) * group - 1} have"
+        with pytest.raises(ValueError, match=f"{which} {sizes[g]} tokens, more than max_tokens = {max_tokens}"):
+            batch.split(max_tokens, group)
+        return
+    parts = batch.split(max_tokens, group)
+    assert all(len(part) % group == 0 and part.tokens.numel() <= max_tokens for part in parts)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
+    assert [length for part in parts for length in part.lengths] == lengths
+
+
+def test_a_group_must_divide_the_sequences() -> None:
+    for group in (0, 2):
+        with pytest.raises(ValueError, match=f"group must be at least 1 and divide the 3 sequences, but it is {group}"):
+            pack([[1], [2], [3]]).split(9, group)

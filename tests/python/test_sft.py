@@ -3,23 +3,22 @@ thread count (P1, P4, P5; RELIABILITY rows 1, 12–14)."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import itertools
 import json
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chats_for_tests import CHATML, save_tokenizer, turns
+from chats_for_tests import CHATML, turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from tutelage import Model, ModelConfig, Tokenizer, pack
+from tuning_for_tests import Whole, digest, save_model, weights, write_rows
+from tutelage import Model, Tokenizer, pack
 from tutelage.cli import main
 from tutelage.evaluate import held_out_loss
 from tutelage.files import newest_complete
@@ -31,30 +30,6 @@ from tutelage.train.sft import sft
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 6
-
-
-def save_model(folder: Path, template: str | None = CHATML, seed: int = 0, **options: Any) -> Path:
-    """A base model that has learned nothing."""
-    save_tokenizer(folder, template)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    shape = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=96,
-        tie_word_embeddings=options.get("head", "lm") == "lm",
-    )
-    model = Model(shape, seed=seed, **options)
-    model.tokenizer = tokenizer
-    model.save_pretrained(folder)
-    return folder
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def conversations() -> list[dict[str, Any]]:
@@ -94,21 +69,6 @@ def fields(base: Path, rows: Path, folder: Path, **others: Any) -> dict[str, Any
 def config(base: Path, rows: Path, folder: Path, **others: Any) -> SftConfig:
     values = fields(base, rows, folder, **others)
     return SftConfig(**{**values, "data": tuple(values["data"])})
-
-
-def weights(folder: Path) -> str:
-    """SHA-256 of a saved model."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 of all that a finished run must end with: newest checkpoint, model, tokenizer, metrics."""
-    newest = newest_complete(folder)
-    assert newest is not None and newest.name.startswith(f"step-{STEPS:08d}")
-    content = hashlib.sha256()
-    for path in [*sorted(newest.iterdir()), *sorted((folder / "model").iterdir()), folder / "metrics.jsonl"]:
-        content.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    return content.hexdigest()
 
 
 # --- it learns ----------------------------------------------------------------------------------------------
@@ -219,15 +179,6 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
         yield parent
 
 
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """An uninterrupted run: its digest, and what it passed on its way."""
-
-    digest: str
-    points: int
-    operations: int
-
-
 SELECT = {"select_by": "eval_loss"}
 
 
@@ -237,7 +188,7 @@ def whole(children: Forker, base: Path, rows: Path, tmp_path_factory: pytest.Tem
     status, output = children.run("children:passed", loop="sft", config=fields(base, rows, folder, **SELECT))
     assert status == 0, output
     points, operations = map(int, output.splitlines()[-1].split())
-    return Whole(digest(folder), points, operations)
+    return Whole(digest(folder, STEPS), points, operations)
 
 
 Killed = Callable[..., str]
@@ -254,7 +205,7 @@ def killed(children: Forker, base: Path, rows: Path, tmp_path: Path) -> Killed:
         assert status == -signal.SIGKILL, output
         status, output = children.run("children:train", loop="sft", config={**options, "resume": "auto"}, **others)
         assert status == 0, output
-        return digest(Path(options["output_dir"]))
+        return digest(Path(options["output_dir"]), STEPS)
 
     return run
 
@@ -288,7 +239,7 @@ def test_ctrl_c_lets_the_step_finish_and_a_resume_changes_no_bit(
     assert "stopped by SIGINT after step 3, which is saved" in output
     status, output = children.run("children:train", loop="sft", config={**options, "resume": "auto"})
     assert status == 0, output
-    assert digest(tmp_path / "run") == whole.digest
+    assert digest(tmp_path / "run", STEPS) == whole.digest
 
 
 def test_a_resume_from_another_model_or_other_data_is_refused(rows: Path, tmp_path: Path) -> None:

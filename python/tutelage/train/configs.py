@@ -163,20 +163,9 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class SftConfig(TrainingConfig):
-    """Supervised fine-tuning: teach a model to answer as the examples do.
+class TuningConfig(TrainingConfig):
+    """What the loops that start from a model and learn from rows can be told besides."""
 
-    Rows of TRL's schemas: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Only the
-    answers are learned, unless it is said otherwise. `tutelage data check FILE --model FOLDER` shows what that
-    is.
-
-    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
-    bits.
-    """
-
-    output_dir: str = "runs/sft"
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
-    folder)."""
     model: str = "runs/pretrain/model"
     """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
     Face."""
@@ -191,10 +180,6 @@ class SftConfig(TrainingConfig):
     """What to do with a row that is longer than max_length."""
     max_length: int = 0
     """Longest sequence in tokens. 0: as long as the model can read."""
-    completion_only_loss: bool = True
-    """Of prompt and completion learn only the completion."""
-    assistant_only_loss: bool = True
-    """Of messages learn only what the assistant says."""
     eval_fraction: float = 0.05
     """Share of the prompts that are never trained on and measure what was learned."""
     batch_size: int = 16
@@ -203,18 +188,12 @@ class SftConfig(TrainingConfig):
     """How often each example is seen."""
     max_steps: int = 0
     """Steps of the optimizer. 0: as num_train_epochs has it."""
-    learning_rate: float = 5e-4
-    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
-    million needs about a tenth."""
     min_lr_ratio: float = 0.1
     """The last learning rate, as a share of the highest."""
     eval_steps: int = 50
     """Measure the loss on the held-out examples every so many steps, and after the last."""
     select_by: Literal["last", "eval_loss"] = "last"
     """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
-    objective: str | None = None
-    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the mean
-    negative log-likelihood of the tokens that are learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +205,122 @@ class SftConfig(TrainingConfig):
             raise ValueError(f"eval_fraction must be at least 0 and below 1, but it is {self.eval_fraction}")
         if self.select_by == "eval_loss" and self.eval_fraction == 0:
             raise ValueError("select_by eval_loss needs held-out examples: give an eval_fraction above 0")
+
+
+@dataclass(frozen=True)
+class SftConfig(TuningConfig):
+    """Supervised fine-tuning: teach a model to answer as the examples do.
+
+    Rows of TRL's schemas: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Only the
+    answers are learned, unless it is said otherwise. `tutelage data check FILE --model FOLDER` shows what that
+    is.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/sft"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
+    folder)."""
+    completion_only_loss: bool = True
+    """Of prompt and completion learn only the completion."""
+    assistant_only_loss: bool = True
+    """Of messages learn only what the assistant says."""
+    learning_rate: float = 5e-4
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
+    objective: str | None = None
+    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the mean
+    negative log-likelihood of the tokens that are learned."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(TuningConfig):
+    """What the loops that learn from preferences can be told besides."""
+
+    model: str = "runs/sft/model"
+    """Folder of the model to start from and its tokenizer, as `tutelage sft` writes it or from Hugging Face."""
+    num_train_epochs: float = 1.0
+    """How often each example is seen."""
+    learning_rate: float = 5e-5
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
+    beta: float = 0.1
+    """How dear it is to leave the reference; for simpo the scale of the margin (its paper: 2.0 to 2.5), for
+    orpo the weight of the odds-ratio term (the paper's lambda)."""
+    objective: str | None = None
+    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the loss
+    that this command is named for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be positive, but it is {self.beta}")
+
+
+@dataclass(frozen=True)
+class DpoConfig(PreferenceConfig):
+    """Direct preference optimisation: learn from pairs of answers which one is better.
+
+    Rows of TRL's preference schema: {"prompt": ..., "chosen": ..., "rejected": ...}; for loss_type kto
+    {"prompt": ..., "completion": ..., "label": true or false}. Start from a model that was taught by
+    `tutelage sft`.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/dpo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, reference/ (the reference's log-probs), and
+    at the end model/ (a Hugging Face folder)."""
+    loss_type: Literal["sigmoid", "ipo", "simpo", "kto"] = "sigmoid"
+    """sigmoid: DPO (cDPO with label_smoothing). ipo: a squared distance to a target margin. simpo: without a
+    reference. kto: answers one by one, each marked as desirable or not."""
+    label_smoothing: float = 0.0
+    """Of sigmoid: the probability with which a label is taken to be wrong."""
+    simpo_gamma: float = 0.5
+    """Of simpo: the margin by which the chosen answer has to win."""
+    desirable_weight: float = 1.0
+    """Of kto: what a desirable answer weighs."""
+    undesirable_weight: float = 1.0
+    """Of kto: what an undesirable answer weighs."""
+    ref_model: str | None = None
+    """Folder of the reference model. None: the model that training starts from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, but it is {self.label_smoothing}")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss_type sigmoid, not to {self.loss_type}")
+        for name in ("simpo_gamma", "desirable_weight", "undesirable_weight"):
+            at_least(self, name, 0)
+        if self.loss_type == "simpo" and self.ref_model is not None:
+            raise ValueError("simpo has no reference: leave ref_model out")
+
+
+@dataclass(frozen=True)
+class OrpoConfig(PreferenceConfig):
+    """Odds-ratio preference optimisation: learn to answer and which answer is better, at once and without a reference.
+
+    Rows of TRL's preference schema: {"prompt": ..., "chosen": ..., "rejected": ...}. It may start from a model
+    that was only pretrained.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/orpo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
+    folder)."""
+    model: str = "runs/pretrain/model"
+    """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
+    Face."""
+    num_train_epochs: float = 3.0
+    """How often each example is seen."""
+    learning_rate: float = 5e-4
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,16 @@ class Run:
         """One line to the reader."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal, for work before the steps; tell what is yielded how much of `total` is done."""
+        if not self.console.is_terminal:
+            yield lambda done: None
+            return
+        with _bar(self.console) as bar:
+            task = bar.add_task("", total=total, figures=what)
+            yield lambda done: bar.update(task, completed=done)
+
     # ---- the state
 
     def start(self, model: Model, optimizer: AdamW, fingerprint: str, base: str = "") -> Mapping[str, Any]:
@@ -218,14 +228,15 @@ class Run:
         if self.received is not None:  # it came after the last step's save
             raise self.interruption(self.received)
 
-    def accumulate(self, model: Model, batch: PackedBatch, max_tokens: int, objective: Objective) -> float:
+    def accumulate(self, model: Model, batch: PackedBatch, max_tokens: int, objective: Objective, group: int = 1) -> float:
         """Forward and backward over a step's batch, at most `max_tokens` tokens at a time; returns the loss.
 
-        The gradients are the same bits for any max_tokens (P4). Raises NonFiniteError.
+        The gradients are the same bits for any max_tokens (P4). group: so many consecutive sequences are never
+        cut apart, as in `PackedBatch.split`. Raises NonFiniteError.
         """
         denominator = int(batch.completion_mask.sum())
         loss, first = 0.0, 0
-        for part in batch.split(max_tokens):
+        for part in batch.split(max_tokens, group):
             share = objective(part, denominator, range(first, first + len(part)))
             if not math.isfinite(share.item()):
                 raise NonFiniteError(

@@ -7,17 +7,14 @@ warm-up. Its dropout is left out: with it a sequence's bits would depend on what
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from tutelage.batch import PackedBatch, pack
-from tutelage.data.examples import Batches, Example, ExampleSet, load_sft, split_examples
+from tutelage.batch import PackedBatch
+from tutelage.data.examples import Batches, Example, ExampleSet, load_sft
 from tutelage.data.packing import Cursor
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.evaluate import held_out_loss
@@ -25,41 +22,28 @@ from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import cross_entropy, load_objective
 from tutelage.optimizer import AdamW
-from tutelage.train import picture
 from tutelage.train.configs import SftConfig
-from tutelage.train.run import METRICS, Run, ignore, learning_rate, open_run, write_json
-
-UserObjective = Callable[..., torch.Tensor]
-"""f(out, batch, columns) -> a micro-batch's share of the step's loss, a scalar.
-
-out: what `model.score(batch)` returns. columns: "denominator", the number of learned tokens in the whole step,
-and every other field of the rows by its name, a list with one entry for each sequence of the micro-batch (None
-where the row has no such field). A mean over the step is a sum over the micro-batch, divided by the denominator.
-"""
+from tutelage.train.run import Run, ignore, learning_rate, open_run
+from tutelage.train.tuning import (
+    TuningResult,
+    UserObjective,
+    base_model,
+    check_rows,
+    checked,
+    columns_of,
+    conclude,
+    content,
+    packed,
+    split,
+    stops,
+)
 
 DENOMINATOR = "denominator"
 
 
 @dataclass(frozen=True)
-class SftResult:
-    """What a finished run has come to."""
-
-    folder: Path
-    """The model and its tokenizer: `Model.from_pretrained(folder)`."""
-    steps: int
-    selected_step: int
-    """Whose weights the model in `folder` has."""
-    examples: int
-    """Trained on."""
-    tokens: int
-    """Learned, all processes of the run together; a token that is seen twice counts twice."""
-    loss: float
-    """Of the last step, in nats per token."""
-    eval_loss: float | None
-    """Of the model in `folder` on the held-out examples, in nats per token; None where nothing is held out."""
-    seconds: float
-    """Of this process's steps."""
-    tokens_per_second: float
+class SftResult(TuningResult):
+    """What a finished run has come to. Losses are in nats per token; eval_loss is the mean negative log-likelihood."""
 
 
 def sft(
@@ -71,8 +55,9 @@ def sft(
 ) -> SftResult:
     """Trains the model as `config` says and saves it in output_dir/model.
 
-    objective: a loss of the caller's own, in the place of config.objective. The held-out loss is the mean
-        negative log-likelihood, whatever is trained on.
+    objective: a loss of the caller's own, in the place of config.objective. Its "denominator" is the number of
+        learned tokens in the whole step, its columns have an entry for each sequence. The held-out loss is the
+        mean negative log-likelihood, whatever is trained on.
     disk, fault: for tests, see `open_run`.
 
     Raises as `open_run`, `load_objective`, `Model.from_pretrained`, `load_sft`, `Run.start` and `Run.accumulate`;
@@ -84,11 +69,11 @@ def sft(
     if objective is None and config.objective is not None:
         objective = load_objective(config.objective)
     with open_run(config, disk, fault) as run:
-        model, tokenizer = _base_model(config)
+        model, tokenizer = base_model(config)
         examples, held_out = _examples(run, config, model, tokenizer, objective is not None)
         data = Batches(examples, config.seed)
-        eval_batch = _packed(held_out.examples) if len(held_out) else None
-        model.eos_token_ids = _stops(model, tokenizer, examples)
+        eval_batch = packed(held_out.examples) if len(held_out) else None
+        model.eos_token_ids = stops(model, tokenizer, examples)
         optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         run.say(
@@ -96,14 +81,14 @@ def sft(
             f"{last} steps of {config.batch_size} examples on {torch.get_num_threads()} threads"
         )
 
-        state = run.start(model, optimizer, f"{data.fingerprint} {held_out.fingerprint}", base=_content(model))
+        state = run.start(model, optimizer, f"{data.fingerprint} {held_out.fingerprint}", base=content(model))
         cursor = Cursor(**state.get("cursor", {}))
         tokens, loss, eval_loss = state.get("tokens", 0), state.get("loss", math.nan), state.get("eval_loss")
         best = {name: state[name] for name in ("best_eval_loss", "best_step", "best_params") if name in state}
         for step in run.steps(last):
             optimizer.lr = learning_rate(config, step, last)
             taken, cursor = data.take(cursor, config.batch_size)
-            batch = _packed(taken)
+            batch = packed(taken)
             entropies: list[float] = []
 
             def share(
@@ -117,8 +102,8 @@ def sft(
                 entropies += part.sum(out.entropy.detach()).tolist()
                 if objective is None:
                     return cross_entropy(out.logprobs, part.completion_mask, denominator)
-                columns = _columns([rows[index] for index in sequences], denominator)
-                return _checked(objective(out, part, columns))
+                columns = {DENOMINATOR: denominator, **columns_of([rows[index] for index in sequences])}
+                return checked(objective(out, part, columns))
 
             optimizer.zero_grad()
             loss = run.accumulate(model, batch, config.micro_batch_tokens, share)
@@ -158,29 +143,8 @@ def sft(
             seconds=run.seconds,
             tokens_per_second=run.tokens / run.seconds if run.tokens else 0.0,
         )
-        _conclude(run, result, config)
+        conclude(run, result, config, "sft", "nats per token")
         return result
-
-
-def _base_model(config: SftConfig) -> tuple[Model, Tokenizer]:
-    model = Model.from_pretrained(config.model)
-    if model.head != "lm":
-        raise ValueError(f"{config.model} holds a reward model, and fine-tuning needs a language model")
-    if model.tokenizer is None:
-        raise ValueError(f"there is no tokenizer.json in {config.model}: put the model's tokenizer there")
-    context = model.config.max_position_embeddings
-    if config.max_length > context:
-        raise ValueError(f"max_length is {config.max_length}, but the model reads at most {context} tokens: lower it")
-    if config.chat_template_path is not None:
-        model.tokenizer = model.tokenizer.with_chat_template(config.chat_template_path)
-    return model, model.tokenizer
-
-
-def _content(model: Model) -> str:
-    """SHA-256 of the weights and the shape: equal means the same model."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    digest.update(model.params.numpy().data)
-    return digest.hexdigest()
 
 
 def _examples(
@@ -197,52 +161,5 @@ def _examples(
         config.assistant_only_loss,
     )
     run.say(str(loaded.report))
-    for example in loaded.examples:
-        if len(example.tokens) > config.micro_batch_tokens:
-            raise ValueError(
-                f"{example.where}: the row has {len(example.tokens)} tokens, more than micro_batch_tokens = "
-                f"{config.micro_batch_tokens}: raise it, or lower max_length"
-            )
-        if custom and DENOMINATOR in example.columns:
-            raise ValueError(f"{example.where}: the field {DENOMINATOR!r} has a meaning to objectives: give it another name")
-    training, held_out = split_examples(loaded, config.eval_fraction, config.seed)
-    if config.select_by == "eval_loss" and not len(held_out):
-        raise ValueError("select_by eval_loss needs held-out examples, but there is only one prompt: use select_by last")
-    return training, held_out
-
-
-def _stops(model: Model, tokenizer: Tokenizer, examples: ExampleSet[Example]) -> tuple[int, ...]:
-    """What ends a completion: what already does, the end of text, and the end of a turn that is learned here."""
-    learned = [tokenizer.eos_token_id, None if examples.turn is None else examples.turn.stop_token_id]
-    return tuple(dict.fromkeys([*model.eos_token_ids, *(number for number in learned if number is not None)]))
-
-
-def _packed(examples: Sequence[Example]) -> PackedBatch:
-    return pack([example.tokens for example in examples], [example.mask for example in examples])
-
-
-def _columns(rows: Sequence[Example], denominator: int) -> dict[str, Any]:
-    names = dict.fromkeys(name for row in rows for name in row.columns)
-    return {DENOMINATOR: denominator, **{name: [row.columns.get(name) for row in rows] for name in names}}
-
-
-def _checked(loss: Any) -> torch.Tensor:
-    """What a user's objective has returned. Raises ValueError where that is no scalar with a gradient."""
-    if not isinstance(loss, torch.Tensor):
-        raise ValueError(f"the objective must return a scalar tensor, but it returned {type(loss).__name__}")
-    if loss.dim() != 0:
-        raise ValueError(f"the objective must return a scalar, but the shape of its loss is {list(loss.shape)}")
-    if not loss.requires_grad:
-        raise ValueError("the objective's loss has no gradient: compute it from out.logprobs or out.entropy")
-    return loss
-
-
-def _conclude(run: Run, result: SftResult, config: SftConfig) -> None:
-    if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
-        run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", "loss (nats per token)"))
-    measured = "" if result.eval_loss is None else f", {result.eval_loss:.3f} on the held-out examples"
-    run.say(f"loss {result.loss:.3f}{measured}, in nats per token; {result.tokens_per_second:,.0f} tokens/s")
-    run.say(f"model and tokenizer, of step {result.selected_step}: {result.folder}")
-    if config.json is not None:
-        figures: dict[str, Any] = {**dataclasses.asdict(result), "folder": str(result.folder)}
-        write_json(Path(config.json), {"command": "sft", **figures})
+    check_rows(loaded, config.micro_batch_tokens, (DENOMINATOR,) if custom else ())
+    return split(loaded, config)
