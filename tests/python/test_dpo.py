@@ -179,7 +179,7 @@ def test_a_run_is_told_in_words_figures_and_a_picture(
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "24 rows, 24 examples" in output and "of the pairs right on the held-out examples" in output
-    assert "█" in output and "nats per example" in output
+    assert "█" in output and "on the held-out examples, per example; " in output
 
 
 PAIR_FIGURES = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
@@ -325,9 +325,10 @@ def references(folder: Path) -> list[Path]:
 
 
 def test_the_log_probs_of_the_reference_are_computed_once(
-    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "run"
+    folder, changed = tmp_path / "run", tmp_path / "pairs.jsonl"
+    write_rows(changed, pairs())
     calls: list[int] = []
 
     def counted(model: Model, batch: Any, *others: Any) -> torch.Tensor:
@@ -336,15 +337,15 @@ def test_the_log_probs_of_the_reference_are_computed_once(
 
     logps = reference.logps
     monkeypatch.setattr(reference, "logps", counted)
-    first = run("sigmoid", base, data, folder)
+    first = run("sigmoid", base, tmp_path, folder)
     assert calls == [48]  # held-out rows too
     (kept,) = references(folder)
     capsys.readouterr()
-    again = run("sigmoid", base, data, folder, resume="auto")
+    again = run("sigmoid", base, tmp_path, folder, resume="auto")
     assert calls == [48] and f"reference log-probs: {kept}" in capsys.readouterr().out
     assert weights(again.folder) == weights(first.folder)
-    # Other data, or another model, is another key.
-    write_rows(tmp_path / "pairs.jsonl", pairs()[1:])
+    # Other data is another key.
+    write_rows(changed, pairs()[1:])
     with pytest.raises(ValueError, match="the data or the tokenizer is not what that run read"):
         run("sigmoid", base, tmp_path, folder, resume="auto")
     assert calls == [48, 46] and len(references(folder)) == 2
@@ -573,7 +574,7 @@ def test_a_resume_from_other_models_is_refused(data: Path, tmp_path: Path) -> No
 
 
 def test_the_model_of_the_lowest_held_out_loss_is_saved(base: Path, data: Path, tmp_path: Path) -> None:
-    options = {"eval_steps": 1, "learning_rate": 5e-2, "max_steps": 12, "min_lr_ratio": 1.0}
+    options = {"eval_steps": 1, "learning_rate": 5e-2, "max_steps": 10, "min_lr_ratio": 1.0}
     best = run("ipo", base, data, tmp_path / "best", **options, **SELECT)
     lowest = min((line for line in lines_of(tmp_path / "best") if "eval_loss" in line), key=lambda line: line["eval_loss"])
     assert (best.selected_step, best.eval_loss) == (lowest["step"], lowest["eval_loss"])
@@ -649,16 +650,16 @@ def test_an_objective_that_returns_something_else_is_refused(base: Path, data: P
 def test_what_does_not_fit_is_named(base: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match="nothing to learn from; pass preferences, as in `tutelage dpo --data"):
-        run("sigmoid", base, data, folder, data=[])
+        train(DpoConfig(output_dir=str(folder)))
     with pytest.raises(ValueError, match="as in `tutelage orpo --data"):
-        run("orpo", base, data, folder, data=[])
+        train(OrpoConfig(output_dir=str(folder)))
     with pytest.raises(ValueError, match=r"line 1: the row has \d+ tokens, more than micro_batch_tokens = 5: raise it"):
         run("sigmoid", base, data, folder, micro_batch_tokens=5)
     named = write_rows(tmp_path / "named.jsonl", [{**pairs()[0], "ref_chosen": 1}])
     with pytest.raises(ValueError, match=r"line 1: the field 'ref_chosen' has a meaning to objectives: give it another"):
-        train(config("sigmoid", base, data, folder, data=[str(named)], eval_fraction=0.0), same_dpo)
+        train(DpoConfig(output_dir=str(folder), model=str(base), data=(str(named),), eval_fraction=0.0), same_dpo)
     with pytest.raises(ValueError, match=r"the row's fields .* fit no schema; it needs prompt \+ completion \+ label"):
-        run("kto", base, data, folder, data=[str(data / "pairs.jsonl")])
+        run("sigmoid", base, data, folder, loss_type="kto")
     scalar = save_model(tmp_path / "scalar", head="scalar")
     with pytest.raises(ValueError, match="holds a reward model, and a reference must be a language model"):
         run("sigmoid", base, data, folder, ref_model=str(scalar))

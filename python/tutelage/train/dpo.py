@@ -199,7 +199,7 @@ def _learn(
             tokens_per_second=run.tokens / run.seconds if run.tokens else 0.0,
             eval_accuracy=measured.get(_ACCURACY),
         )
-        conclude(run, result, config, command, "nats per example")
+        conclude(run, result, config, command, "per example")
         return result
 
 

@@ -143,7 +143,7 @@ def sft(
             seconds=run.seconds,
             tokens_per_second=run.tokens / run.seconds if run.tokens else 0.0,
         )
-        conclude(run, result, config, "sft", "nats per token")
+        conclude(run, result, config, "sft", "in nats per token")
         return result
 
 

@@ -124,11 +124,11 @@ def checked(loss: Any) -> torch.Tensor:
 
 
 def conclude(run: Run, result: TuningResult, config: TuningConfig, command: str, unit: str) -> None:
-    """Draws the loss, says what the run has come to, and writes the figures for `--json`; unit: of the losses."""
+    """Draws the loss, says what the run has come to, and writes the figures for `--json`; unit: of the losses, as in "in nats per token"."""
     if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
-        run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", f"loss ({unit})"))
+        run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", f"loss, {unit}"))
     measured = "" if result.eval_loss is None else f", {result.eval_loss:.3f} on the held-out examples"
-    run.say(f"loss {result.loss:.3f}{measured}, in {unit}; {result.tokens_per_second:,.0f} tokens/s")
+    run.say(f"loss {result.loss:.3f}{measured}, {unit}; {result.tokens_per_second:,.0f} tokens/s")
     run.say(f"model and tokenizer, of step {result.selected_step}: {result.folder}")
     if config.json is not None:
         figures: Mapping[str, Any] = {**dataclasses.asdict(result), "folder": str(result.folder)}
