@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,8 @@ RESERVED = ("denominator", "ref_chosen", "ref_rejected", "margin", "ref_logps", 
 """Columns that an objective gets besides the rows' own fields, see `dpo`."""
 
 Config = DpoConfig | OrpoConfig
-Row = TypeVar("Row", Preference, Unpaired)
+Row = Preference | Unpaired
+Item = TypeVar("Item", Preference, Unpaired)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def orpo(
 def _learn(
     config: Config,
     command: str,
-    load: Callable[..., ExampleSet[Row]],
+    load: Callable[..., ExampleSet[Item]],
     objective: UserObjective | None,
     disk: Disk,
     fault: Callable[[str], None],
@@ -146,7 +147,7 @@ def _learn(
                 part: PackedBatch,
                 _: int,
                 sequences: range,
-                group: _Compared[Row] = group,
+                group: _Compared = group,
                 sums: list[Tensor] = sums,
             ) -> Tensor:
                 out = model.score(part)
@@ -214,11 +215,11 @@ def _told(measured: dict[str, float]) -> str:
 def _examples(
     run: Run,
     config: Config,
-    load: Callable[..., ExampleSet[Row]],
+    load: Callable[..., ExampleSet[Item]],
     model: Model,
     tokenizer: Tokenizer,
     custom: bool,
-) -> tuple[ExampleSet[Row], ExampleSet[Row]]:
+) -> tuple[ExampleSet[Item], ExampleSet[Item]]:
     """(training, held out), and a report to the reader."""
     longest = config.max_length or model.config.max_position_embeddings
     loaded = load(config.data, tokenizer, longest, config.on_bad_row, config.on_long)
@@ -231,7 +232,7 @@ def _examples(
 
 
 @dataclass(frozen=True)
-class _Compared(Generic[Row]):
+class _Compared:
     """The rows of a micro-batch, of a step or of all that is held out."""
 
     rows: Sequence[Row]
@@ -252,7 +253,7 @@ class _Compared(Generic[Row]):
         """bool [S], of kto."""
         return torch.tensor([isinstance(row, Unpaired) and row.label for row in self.rows])
 
-    def of(self, part: PackedBatch, sequences: range) -> _Compared[Row]:
+    def of(self, part: PackedBatch, sequences: range) -> _Compared:
         """The micro-batch of these sequences."""
         rows = self.rows[sequences.start // self.width : sequences.stop // self.width]
         ref_logps = None if self.ref_logps is None else self.ref_logps[sequences.start : sequences.stop]
@@ -269,7 +270,7 @@ class _Compared(Generic[Row]):
         return columns
 
 
-class _Reference(Generic[Row]):
+class _Reference:
     """What is known of every row before the first step: its sequences, and the reference's log-probs of them.
 
     A row has two: chosen and rejected; for kto its completion, and its prompt with another row's completion.
@@ -284,7 +285,7 @@ class _Reference(Generic[Row]):
         self._max_tokens = config.micro_batch_tokens
         self._mismatched = isinstance(config, DpoConfig) and config.loss_type == "kto"
         longest = config.max_length or model.config.max_position_embeddings
-        rows = [*training, *held_out]
+        rows: list[Row] = [*training, *held_out]
         # A mismatch of what is trained on must not come from what is held out.
         pairs = [*_pairs(training, 0, longest), *_pairs(rows, len(training), longest)]
         self._pairs = dict(zip(rows, pairs, strict=True))
@@ -295,7 +296,7 @@ class _Reference(Generic[Row]):
             self.key, found = reference_logps(run, reference, batch, self._max_tokens, disk)
             self._logps = dict(zip(rows, found.view(-1, 2).tolist(), strict=True))
 
-    def compare(self, model: Model, rows: Sequence[Row]) -> _Compared[Row]:
+    def compare(self, model: Model, rows: Sequence[Row]) -> _Compared:
         """The rows, with z0 of all of them where that is needed."""
         pairs = [self._pairs[row] for row in rows]
         known = torch.tensor([self._logps[row] for row in rows]) if self._logps else None
@@ -353,14 +354,14 @@ def _mismatched(own: Example, other: Example, longest: int) -> Example:
 # ---- losses and figures
 
 
-def _compared_values(config: Config, compared: _Compared[Row], sums: Tensor) -> Tensor:
+def _compared_values(config: Config, compared: _Compared, sums: Tensor) -> Tensor:
     """What the loss works on, [S]: the sums themselves, or the means per token."""
     if isinstance(config, DpoConfig) and config.loss_type not in ("ipo", "simpo"):
         return sums
     return sums / torch.tensor(compared.batch.completion_counts, dtype=sums.dtype)
 
 
-def _loss(config: Config, compared: _Compared[Row], sums: Tensor, denominator: int) -> Tensor:
+def _loss(config: Config, compared: _Compared, sums: Tensor, denominator: int) -> Tensor:
     """The share of the step's loss; sums: [S], log-probs of completions."""
     values = _compared_values(config, compared, sums)
     chosen, rejected = values[0::2], values[1::2]
@@ -388,7 +389,7 @@ def _loss(config: Config, compared: _Compared[Row], sums: Tensor, denominator: i
     return objectives.dpo(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, denominator)
 
 
-def _figures(config: Config, compared: _Compared[Row], sums: Tensor) -> dict[str, float]:
+def _figures(config: Config, compared: _Compared, sums: Tensor) -> dict[str, float]:
     """TRL's figures: rewards are β · (what the loss compares, less the reference's where there is one), logps what the
     loss compares: sums over a completion, or means per token of ipo, simpo and orpo."""
     values = _compared_values(config, compared, sums)

@@ -97,7 +97,7 @@ def split(loaded: ExampleSet[Item], config: TuningConfig) -> tuple[ExampleSet[It
 
 def stops(model: Model, tokenizer: Tokenizer, examples: ExampleSet[Item]) -> tuple[int, ...]:
     """What ends a completion: what already does, the end of text, and the end of a turn that is learned here."""
-    learned = [tokenizer.eos_token_id, None if examples.turn is None else examples.turn.stop_token_id]
+    learned: list[int | None] = [tokenizer.eos_token_id, None if examples.turn is None else examples.turn.stop_token_id]
     return tuple(dict.fromkeys([*model.eos_token_ids, *(number for number in learned if number is not None)]))
 
 
@@ -124,7 +124,10 @@ def checked(loss: Any) -> torch.Tensor:
 
 
 def conclude(run: Run, result: TuningResult, config: TuningConfig, command: str, unit: str) -> None:
-    """Draws the loss, says what the run has come to, and writes the figures for `--json`; unit: of the losses, as in "in nats per token"."""
+    """Draws the loss, says what the run has come to, and writes the figures for `--json`.
+
+    unit: of the losses, as in "in nats per token".
+    """
     if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
         run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", f"loss, {unit}"))
     measured = "" if result.eval_loss is None else f", {result.eval_loss:.3f} on the held-out examples"
