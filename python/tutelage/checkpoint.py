@@ -69,7 +69,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         records = files.read_manifest(folder)
         step, state = _load_state(folder / STATE, records)
-        tensors = _load_tensors(folder / TENSORS, records)
+        tensors = load_tensors(folder / TENSORS, records)
     except DamagedCheckpointError as damage:
         raise DamagedCheckpointError(f"{damage}; {_older_intact(folder)}") from damage
     return Checkpoint(folder, step, tensors, state)
@@ -113,7 +113,11 @@ def _load_state(path: Path, records: Mapping[str, FileRecord]) -> tuple[int, dic
             raise DamagedCheckpointError(f"{path} is damaged: it has no step and state")
 
 
-def _load_tensors(path: Path, records: Mapping[str, FileRecord]) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path, records: Mapping[str, FileRecord]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file that a manifest lists, every byte verified; views of one buffer.
+
+    Raises CheckpointError, DamagedCheckpointError.
+    """
     record = _record(path, records)
     content = torch.empty(record.size, dtype=torch.uint8)
     view = content.numpy().data

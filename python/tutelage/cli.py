@@ -52,6 +52,16 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:RewardConfig",
         "tutelage.train.reward:reward",
     ),
+    "dpo": Command(
+        "Learn from pairs of answers which one is better (DPO, cDPO, IPO, SimPO, KTO).",
+        "tutelage.train.configs:DpoConfig",
+        "tutelage.train.dpo:dpo",
+    ),
+    "orpo": Command(
+        "Learn to answer and which answer is better at once, without a reference (ORPO).",
+        "tutelage.train.configs:OrpoConfig",
+        "tutelage.train.dpo:orpo",
+    ),
     "generate": Command(
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",

@@ -52,11 +52,27 @@ def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
 def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch.Tensor:
     """The reward of each sequence, float32 [S]: the scalar head's value at its last token.
 
-    At most `max_tokens` tokens go through the model at once; neither that nor the number of threads changes a
-    bit of the result.
+    At most `max_tokens` tokens, or the longest sequence, go through the model at once; neither that nor the number of
+    threads changes a bit of the result.
     """
     with torch.no_grad():
-        return torch.cat([part.last(model.values(part)) for part in batch.split(max_tokens)])
+        return torch.cat([part.last(model.values(part)) for part in batch.split(max(max_tokens, *batch.lengths))])
+
+
+def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int) -> float:
+    """Mean over the rollouts of the reward model's value at an answer's last token. As `sequence_rewards`."""
+    rewards = sequence_rewards(model, rollouts.pack(), max_tokens).tolist()
+    return math.fsum(rewards) / len(rewards)
+
+
+def load_reward_model(folder: str, tokenizer: Tokenizer) -> Model:
+    """The reward model in `folder`. Raises ValueError for a language model and for one of another tokenizer."""
+    model = Model.from_pretrained(folder)
+    if model.head != "scalar":
+        raise ValueError(f"{folder} holds a language model, and rewards need a reward model: make one with `tutelage reward`")
+    if model.tokenizer is None or model.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"the reward model {folder} has another tokenizer than the model, so it cannot read its answers")
+    return model
 
 
 def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int) -> dict[str, float]:

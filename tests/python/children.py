@@ -12,16 +12,19 @@ import torch
 from tutelage import cli
 from tutelage.data.packing import Cursor
 from tutelage.files import Disk, Operation
+from tutelage.train import dpo as preferring
 from tutelage.train import pretrain as pretraining
 from tutelage.train import reward as reward_modelling
 from tutelage.train import sft as fine_tuning
-from tutelage.train.configs import PretrainConfig, RewardConfig, SftConfig
+from tutelage.train.configs import DpoConfig, OrpoConfig, PretrainConfig, RewardConfig, SftConfig
 
 # Of each loop: its module, its function and its config.
 LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
     "pretrain": (pretraining, pretraining.pretrain, PretrainConfig),
     "sft": (fine_tuning, fine_tuning.sft, SftConfig),
     "reward": (reward_modelling, reward_modelling.reward, RewardConfig),
+    "dpo": (preferring, preferring.dpo, DpoConfig),
+    "orpo": (preferring, preferring.orpo, OrpoConfig),
 }
 
 

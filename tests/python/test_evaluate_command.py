@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chats_for_tests import CHATML, turns
-from test_chat_command import save_model
-from tutelage import Model
+from runs_for_tests import save_model
+from tutelage import Model, load_rankings, pack
 from tutelage.cli import main, parse
 from tutelage.data.documents import read_documents
 from tutelage.evaluate import documents_to_score, held_out_bits_per_byte, kl_divergence, rate
@@ -100,6 +102,56 @@ def test_the_judge_gets_the_model_first(folder: Path, other: Path, tmp_path: Pat
     assert evaluate(config)["rate"] == 1
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("judge") / "model", head="scalar", seed=5)
+
+
+def test_a_reward_model_measures_and_judges(folder: Path, judge: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    noisy = Model.from_pretrained(folder)
+    noisy.params += 0.3 * torch.randn(noisy.params.shape, generator=torch.Generator().manual_seed(1))
+    noisy.save_pretrained(other)
+    prompts = ["yes", "no", "a", "hello", "so it is", "12", "say 7", "x y"]
+    rows = write(tmp_path / "rows.jsonl", *({"prompt": prompt} for prompt in prompts))
+    options: dict[str, Any] = {"data": (str(rows),), "reward_model": str(judge), "max_new_tokens": 6}
+    rewards = []
+    for place in (folder, other):
+        figures = evaluate(EvalConfig("reward", str(place), **options))
+        model, reader = Model.from_pretrained(place), Model.from_pretrained(judge)
+        rollouts = model.generate(prompts, 6, temperature=0)
+        one_by_one = [
+            reader.values(pack([torch.cat([prompt, answer])]))[-1].item()
+            for prompt, answer in zip(rollouts.prompts, rollouts.tokens, strict=True)
+        ]
+        assert figures["reward"] == math.fsum(one_by_one) / 8 and figures["count"] == 8 and figures["standard_error"] > 0
+        rewards.append(one_by_one)
+    figures = evaluate(EvalConfig("win_rate", str(folder), against=str(other), **options))
+    scores = [0.5 if a == b else float(a > b) for a, b in zip(*rewards, strict=True)]
+    assert figures["rate"] == sum(scores) / 8 and figures["ties"] == scores.count(0.5)
+    assert {0.0, 1.0} <= set(scores)  # it is not one model that always wins
+    same = evaluate(EvalConfig("win_rate", str(folder), against=str(folder), **options))
+    assert same["rate"] == 0.5 and same["ties"] == 8
+
+
+def test_accuracy_of_a_reward_model(judge: Path, folder: Path, tmp_path: Path) -> None:
+    """Pairs in the model's own order are all right, the same pairs turned round are all wrong, and a tie is no pair."""
+    model = Model.from_pretrained(judge)
+    assert model.tokenizer is not None
+    answers = [f" {word}" for word in ("yes", "no", "perhaps", "never", "so")]
+    unranked = [{"prompt": "hello", "responses": answers, "ranking": [[n] for n in range(5)]}]
+    loaded = load_rankings([str(write(tmp_path / "unranked.jsonl", *unranked))], model.tokenizer, 96).examples[0]
+    values = [model.values(pack([response.tokens]))[-1].item() for response in loaded.responses]
+    order = sorted(range(5), key=lambda n: -values[n])
+    right = [[order[0]], [order[1], order[2]], [order[3]], [order[4]]]
+    for ranking, expected in ((right, 1.0), (right[::-1], 0.0)):
+        rows = write(tmp_path / "rows.jsonl", {**unranked[0], "ranking": ranking})
+        figures = evaluate(EvalConfig("reward_accuracy", str(judge), (str(rows),)))
+        assert (figures["rate"], figures["count"], figures["prompts"]) == (expected, 9, 1)
+    with pytest.raises(ValueError, match="holds a language model, and reward_accuracy needs a reward model"):
+        evaluate(EvalConfig("reward_accuracy", str(folder), (str(rows),)))
+
+
 def test_kl(folder: Path, other: Path, tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", *({"prompt": "hello" * n} for n in range(1, 9)))
     options: dict[str, Any] = {"data": (str(rows),), "max_new_tokens": 8, "seed": 3}
@@ -116,7 +168,10 @@ def test_kl(folder: Path, other: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"measure": "win_rate", "judge": "a:b"}, "win_rate needs --against"),
-        ({"measure": "win_rate", "against": "a"}, "win_rate needs --judge"),
+        ({"measure": "win_rate", "against": "a"}, "win_rate needs one judge: --judge or --reward_model"),
+        ({"measure": "win_rate", "against": "a", "judge": "a:b", "reward_model": "c"}, "win_rate needs one judge"),
+        ({"measure": "reward"}, "reward needs --reward_model"),
+        ({"reward_model": "a"}, "reward_model belongs to reward and win_rate, not to accuracy"),
         ({"measure": "kl"}, "kl needs --against"),
         ({"measure": "kl", "against": "a", "temperature": 0.0}, "so temperature must be positive, but it is 0"),
         ({"against": "a"}, "against belongs to win_rate and kl, not to accuracy"),
@@ -163,6 +218,11 @@ def test_models_that_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
     (renamed / "tokenizer_config.json").write_text(json.dumps(options))
     with pytest.raises(ValueError, match="have different tokenizers, so their tokens cannot be compared"):
         evaluate(EvalConfig("kl", str(folder), (str(rows),), against=str(renamed)))
+    with pytest.raises(ValueError, match="renamed holds a language model, and rewards need a reward model: make one with"):
+        evaluate(EvalConfig("reward", str(folder), (str(rows),), reward_model=str(renamed)))
+    scalar = save_model(tmp_path / "scalar", head="scalar")
+    with pytest.raises(ValueError, match="scalar has another tokenizer than the model, so it cannot read its answers"):
+        evaluate(EvalConfig("reward", str(renamed), (str(rows),), reward_model=str(scalar)))
 
 
 def test_the_measure_stands_in_front() -> None:

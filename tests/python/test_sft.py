@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from chats_for_tests import CHATML, turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
 from runs_for_tests import Whole, digest, killed_and_resumed, save_model, uninterrupted, weights, write_rows
-from tutelage import Model, Tokenizer, pack
+from tutelage import Model, Tokenizer, load_sft, pack, split_examples
 from tutelage.cli import main
 from tutelage.evaluate import held_out_loss
 from tutelage.files import newest_complete
@@ -99,7 +100,7 @@ def test_it_learns_the_answers_and_stops_where_the_turn_ends(
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "3 rows, 3 examples; note: 1" in output and "generation must stop at both" in output
-    assert "█" in output and "in nats per token" in output
+    assert "█" in output and "(nats per token)" in output
 
 
 def test_the_stop_token_of_the_turn_is_saved_as_an_end(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -300,6 +301,29 @@ def test_a_resume_behind_the_best_step_still_saves_its_model(base: Path, rows: P
     assert weights(moved.folder) == weights(best.folder)
 
 
+def test_the_model_whose_answers_a_reward_model_likes_best_is_saved(base: Path, rows: Path, tmp_path: Path) -> None:
+    """InstructGPT's choice. Each figure is that of the answers made and judged one by one; the last model is another."""
+    judge = save_model(tmp_path / "judge", head="scalar", seed=3)
+    options = {"reward_model": str(judge), "max_completion_length": 7}
+    last = sft(overfitting(base, rows, tmp_path / "last", **options))
+    best = sft(overfitting(base, rows, tmp_path / "best", select_by="eval_reward", **options))
+    lines = [line for line in read_metrics(tmp_path / "best" / "metrics.jsonl") if "eval_reward" in line]
+    highest = max(lines, key=lambda line: line["eval_reward"])
+    assert (best.selected_step, best.eval_reward) == (highest["step"], highest["eval_reward"])
+    assert best.selected_step < best.steps == last.selected_step
+    assert last.eval_reward == lines[-1]["eval_reward"] < highest["eval_reward"]
+
+    model, reader = Model.from_pretrained(best.folder), Model.from_pretrained(judge)
+    assert model.tokenizer is not None
+    _, held_out = split_examples(load_sft([str(rows)], model.tokenizer, 96), 0.5, 0)
+    rewards = []
+    for example in held_out.examples:
+        prompt = example.tokens[: example.mask.tolist().index(True)].tolist()
+        answer = model.generate([prompt], 7, temperature=0)
+        rewards.append(reader.values(pack([[*prompt, *answer.tokens[0].tolist()]]))[-1].item())
+    assert best.eval_reward == math.fsum(rewards) / len(rewards)
+
+
 # --- a loss of one's own ------------------------------------------------------------------------------------
 
 
@@ -410,6 +434,9 @@ def test_what_does_not_fit_is_named(base: Path, rows: Path, tmp_path: Path) -> N
         ({"num_train_epochs": 0.0}, "num_train_epochs must be positive, but it is 0.0"),
         ({"eval_fraction": 1.0}, "eval_fraction must be at least 0 and below 1, but it is 1.0"),
         ({"eval_fraction": 0.0, **SELECT}, "select_by eval_loss needs held-out examples: give an eval_fraction above 0"),
+        ({"select_by": "eval_reward"}, "select_by eval_reward needs a judge: give the folder of a reward_model"),
+        ({"eval_fraction": 0.0, "reward_model": "a"}, "judges answers to held-out prompts: give an eval_fraction above 0"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1, but it is 0"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, but it is 0"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio must lie between 0 and 1, but it is 1.5"),
     ],

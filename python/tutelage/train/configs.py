@@ -163,8 +163,8 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class ExamplesConfig(TrainingConfig):
-    """What the loops that go on with a model and learn from rows can be told besides."""
+class TuningConfig(TrainingConfig):
+    """What the loops that start from a model and learn from rows can be told besides."""
 
     model: str = "runs/pretrain/model"
     """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
@@ -192,6 +192,8 @@ class ExamplesConfig(TrainingConfig):
     """The last learning rate, as a share of the highest."""
     eval_steps: int = 50
     """Measure on the held-out examples every so many steps, and after the last."""
+    select_by: Literal["last", "eval_loss"] = "last"
+    """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,10 +203,12 @@ class ExamplesConfig(TrainingConfig):
             raise ValueError(f"num_train_epochs must be positive, but it is {self.num_train_epochs}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1, but it is {self.eval_fraction}")
+        if self.select_by != "last" and self.eval_fraction == 0:
+            raise ValueError(f"select_by {self.select_by} needs held-out examples: give an eval_fraction above 0")
 
 
 @dataclass(frozen=True)
-class SftConfig(ExamplesConfig):
+class SftConfig(TuningConfig):
     """Supervised fine-tuning: teach a model to answer as the examples do.
 
     Rows of TRL's schemas: {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}. Only the
@@ -224,23 +228,32 @@ class SftConfig(ExamplesConfig):
     """Of messages learn only what the assistant says."""
     num_train_epochs: float = 3.0
     """How often each example is seen."""
+    select_by: Literal["last", "eval_loss", "eval_reward"] = "last"  # type: ignore[assignment]
+    """Which model is saved in output_dir/model: that of the last step, that of the lowest held-out loss, or that whose
+    own answers to the held-out prompts the reward model likes best (InstructGPT's choice)."""
+    reward_model: str | None = None
+    """Folder of a reward model with the same tokenizer: measures eval_reward, the mean reward of greedy answers to the
+    held-out prompts."""
+    max_completion_length: int = 128
+    """Longest answer, in tokens, that is given to the reward model."""
     learning_rate: float = 5e-4
     """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
     million needs about a tenth."""
-    select_by: Literal["last", "eval_loss"] = "last"
-    """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
     objective: str | None = None
     """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the mean
     negative log-likelihood of the tokens that are learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.select_by == "eval_loss" and self.eval_fraction == 0:
-            raise ValueError("select_by eval_loss needs held-out examples: give an eval_fraction above 0")
+        at_least(self, "max_completion_length", 1)
+        if self.select_by == "eval_reward" and self.reward_model is None:
+            raise ValueError("select_by eval_reward needs a judge: give the folder of a reward_model")
+        if self.reward_model is not None and self.eval_fraction == 0:
+            raise ValueError("reward_model judges answers to held-out prompts: give an eval_fraction above 0")
 
 
 @dataclass(frozen=True)
-class RewardConfig(ExamplesConfig):
+class RewardConfig(TuningConfig):
     """Train a reward model: a number for an answer, higher for the answer that people like better.
 
     Rows of pairs, {"prompt": ..., "chosen": ..., "rejected": ...}, or of rankings, {"prompt": ..., "responses":
@@ -276,6 +289,93 @@ class RewardConfig(ExamplesConfig):
         if not 0 <= self.center_rewards_coefficient < math.inf:
             value = self.center_rewards_coefficient
             raise ValueError(f"center_rewards_coefficient must be at least 0 and finite, but it is {value}")
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(TuningConfig):
+    """What the loops that learn from preferences can be told besides."""
+
+    model: str = "runs/sft/model"
+    """Folder of the model to start from and its tokenizer, as `tutelage sft` writes it or from Hugging Face."""
+    learning_rate: float = 5e-5
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
+    beta: float = 0.1
+    """How dear it is to leave the reference; for simpo the scale of the margin (its paper: 2.0 to 2.5), for
+    orpo the weight of the odds-ratio term (the paper's lambda)."""
+    objective: str | None = None
+    """A loss of your own, "module:name" or "file.py:name": f(out, batch, columns) -> scalar. None: the loss
+    that this command is named for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be positive, but it is {self.beta}")
+
+
+@dataclass(frozen=True)
+class DpoConfig(PreferenceConfig):
+    """Direct preference optimisation: learn from pairs of answers which one is better.
+
+    Rows of TRL's preference schema: {"prompt": ..., "chosen": ..., "rejected": ...}; for loss_type kto
+    {"prompt": ..., "completion": ..., "label": true or false}. Start from a model that was taught by
+    `tutelage sft`.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/dpo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, reference/ (the reference's log-probs), and
+    at the end model/ (a Hugging Face folder)."""
+    loss_type: Literal["sigmoid", "ipo", "simpo", "kto"] = "sigmoid"
+    """sigmoid: DPO (cDPO with label_smoothing). ipo: a squared distance to a target margin. simpo: without a
+    reference. kto: answers one by one, each marked as desirable or not."""
+    label_smoothing: float = 0.0
+    """Of sigmoid: the probability with which a label is taken to be wrong."""
+    simpo_gamma: float = 0.5
+    """Of simpo: the margin by which the chosen answer has to win."""
+    desirable_weight: float = 1.0
+    """Of kto: what a desirable answer weighs."""
+    undesirable_weight: float = 1.0
+    """Of kto: what an undesirable answer weighs."""
+    ref_model: str | None = None
+    """Folder of the reference model. None: the model that training starts from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, but it is {self.label_smoothing}")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss_type sigmoid, not to {self.loss_type}")
+        for name in ("simpo_gamma", "desirable_weight", "undesirable_weight"):
+            at_least(self, name, 0)
+        if self.loss_type == "simpo" and self.ref_model is not None:
+            raise ValueError("simpo has no reference: leave ref_model out")
+
+
+@dataclass(frozen=True)
+class OrpoConfig(PreferenceConfig):
+    """Odds-ratio preference optimisation: learn to answer and which answer is better, at once and without a reference.
+
+    Rows of TRL's preference schema: {"prompt": ..., "chosen": ..., "rejected": ...}. It may start from a model
+    that was only pretrained.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same
+    bits.
+    """
+
+    output_dir: str = "runs/orpo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face
+    folder)."""
+    model: str = "runs/pretrain/model"
+    """Folder of the model to start from and its tokenizer, as `tutelage pretrain` writes it or from Hugging
+    Face."""
+    num_train_epochs: float = 3.0
+    """How often each example is seen."""
+    learning_rate: float = 5e-4
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
+    million needs about a tenth."""
 
 
 @dataclass(frozen=True)
@@ -380,15 +480,17 @@ class EvalConfig:
     """Measure a model: `tutelage eval MEASURE --model FOLDER --data FILE...`.
 
     bits_per_byte: how well it predicts text. accuracy: the share of prompts that it answers right. win_rate: how often a
-    judge prefers its answers to those of --against. kl: how far it is from --against, on its own answers.
+    judge prefers its answers to those of --against. kl: how far it is from --against, on its own answers. reward: what a
+    reward model gives its answers. reward_accuracy: how often it, a reward model, puts two answers in the right order.
     """
 
-    measure: Literal["bits_per_byte", "accuracy", "win_rate", "kl"] = "accuracy"
+    measure: Literal["bits_per_byte", "accuracy", "win_rate", "kl", "reward", "reward_accuracy"] = "accuracy"
     """What to measure; may stand without --measure in front."""
     model: str = "runs/pretrain/model"
     """Folder of the model and its tokenizer."""
     data: tuple[str, ...] = ()
-    """Text (bits_per_byte; as for `tutelage pretrain`), or rows with a prompt (.jsonl, .json, .parquet)."""
+    """Text (bits_per_byte; as for `tutelage pretrain`), pairs or rankings (reward_accuracy; as for `tutelage reward`), or
+    rows with a prompt (.jsonl, .json, .parquet)."""
     against: str | None = None
     """Folder of the other model, for win_rate and kl."""
     scorer: str | None = None
@@ -397,6 +499,8 @@ class EvalConfig:
     judge: str | None = None
     """module:name or file.py:name of a function (prompt, answer, other, row) -> 1 where the model's answer is better, 0
     where the other one is, 0.5 for a tie."""
+    reward_model: str | None = None
+    """Folder of a reward model of the same tokenizer: what reward measures with, or the judge of win_rate."""
     max_new_tokens: int = 256
     """At most so many tokens an answer."""
     temperature: float | None = None
@@ -415,12 +519,21 @@ class EvalConfig:
             at_least(self, name, 1)
         if self.measure == "kl" and self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"kl needs samples, so temperature must be positive, but it is {self.temperature}")
-        for name, measures in (("against", ("win_rate", "kl")), ("judge", ("win_rate",)), ("scorer", ("accuracy",))):
-            given, wanted = getattr(self, name) is not None, self.measure in measures
-            if given and not wanted:
+        uses = {
+            "against": ("win_rate", "kl"),
+            "judge": ("win_rate",),
+            "scorer": ("accuracy",),
+            "reward_model": ("reward", "win_rate"),
+        }
+        for name, measures in uses.items():
+            if getattr(self, name) is not None and self.measure not in measures:
                 raise ValueError(f"{name} belongs to {' and '.join(measures)}, not to {self.measure}")
-            if wanted and not given and name != "scorer":
-                raise ValueError(f"{self.measure} needs --{name}")
+        if self.against is None and self.measure in uses["against"]:
+            raise ValueError(f"{self.measure} needs --against")
+        if self.measure == "win_rate" and (self.judge is None) == (self.reward_model is None):
+            raise ValueError("win_rate needs one judge: --judge or --reward_model")
+        if self.measure == "reward" and self.reward_model is None:
+            raise ValueError("reward needs --reward_model")
 
 
 @dataclass(frozen=True)

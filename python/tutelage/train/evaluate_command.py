@@ -1,8 +1,10 @@
-"""`tutelage eval`: bits per byte, accuracy, win rate and KL divergence of a model."""
+"""`tutelage eval`: bits per byte, accuracy, win rate, KL divergence and reward of a model, and accuracy of a reward model."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tutelage.batch import pack
 from tutelage.data.documents import read_documents
-from tutelage.data.examples import ExampleSet, Prompt, load_prompts
+from tutelage.data.examples import ExampleSet, Prompt, load_prompts, load_rankings
 from tutelage.data.tokenizer import Tokenizer
-from tutelage.evaluate import documents_to_score, exact_match, held_out_bits_per_byte, kl_divergence, rate
+from tutelage.evaluate import (
+    documents_to_score,
+    exact_match,
+    held_out_bits_per_byte,
+    kl_divergence,
+    load_reward_model,
+    rate,
+    sequence_rewards,
+)
 from tutelage.model import Model
+from tutelage.objectives import ranking_pairs
 from tutelage.rollouts import Rollouts
 from tutelage.train.configs import EvalConfig
 from tutelage.train.run import write_json
@@ -28,12 +40,20 @@ def evaluate(config: EvalConfig) -> Figures:
     """Measures and prints as `config` says; returns the figures.
 
     Raises ValueError for a model without a tokenizer, rows that lack what is compared, models of different tokenizers, a
-    score outside of 0 .. 1; otherwise as `read_documents`, `load_prompts`, `load_function` and `Model.generate`.
+    score outside of 0 .. 1, a language model where a reward model is needed; otherwise as `read_documents`, `load_prompts`,
+    `load_rankings`, `load_function` and `Model.generate`.
     """
     if not config.data:
         raise ValueError("there is nothing to measure on; pass files with --data")
-    measure = {"bits_per_byte": _bits_per_byte, "accuracy": _accuracy, "win_rate": _win_rate, "kl": _kl}[config.measure]
-    figures = measure(config)
+    measures = {
+        "bits_per_byte": _bits_per_byte,
+        "accuracy": _accuracy,
+        "win_rate": _win_rate,
+        "kl": _kl,
+        "reward": _reward,
+        "reward_accuracy": _reward_accuracy,
+    }
+    figures = measures[config.measure](config)
     table = Table(title=config.measure)
     table.add_column("")
     table.add_column("value", justify="right")
@@ -78,17 +98,25 @@ def _accuracy(config: EvalConfig) -> Figures:
 
 
 def _win_rate(config: EvalConfig) -> Figures:
-    assert config.judge is not None and config.against is not None  # the config has checked it
-    judge = load_function(config.judge, "judge", ("prompt", "answer", "other", "row"))
-    texts = []
+    assert config.against is not None  # the config has checked it
+    judge: Callable[..., Any] | None = None
+    if config.judge is not None:
+        judge = load_function(config.judge, "judge", ("prompt", "answer", "other", "row"))
+    answers, rewards = [], []
     for folder in (config.model, config.against):
         model, tokenizer = _model(folder)
         prompts = _prompts(config, tokenizer)
-        texts.append(_texts(_answers(config, model, prompts)))
-    scores = [
-        _checked(judge(prompt.prompt, ours, theirs, prompt.columns), "judge", prompt)
-        for prompt, ours, theirs in zip(prompts.examples, *texts, strict=True)
-    ]
+        reward_model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer)
+        answers.append(_answers(config, model, prompts))
+        if reward_model is not None:
+            rewards.append(sequence_rewards(reward_model, answers[-1].pack(), config.micro_batch_tokens).tolist())
+    if judge is None:
+        scores = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in zip(*rewards, strict=True)]
+    else:
+        scores = [
+            _checked(judge(prompt.prompt, ours, theirs, prompt.columns), "judge", prompt)
+            for prompt, ours, theirs in zip(prompts.examples, *map(_texts, answers), strict=True)
+        ]
     return {**dataclasses.asdict(rate(scores)), "ties": scores.count(0.5)}
 
 
@@ -101,6 +129,29 @@ def _kl(config: EvalConfig) -> Figures:
     rollouts = _answers(config, model, _prompts(config, tokenizer))
     temperature = 1.0 if config.temperature is None else config.temperature
     return dataclasses.asdict(kl_divergence(rollouts, reference, temperature, config.micro_batch_tokens))
+
+
+def _reward(config: EvalConfig) -> Figures:
+    assert config.reward_model is not None  # the config has checked it
+    model, tokenizer = _model(config.model)
+    reward_model = load_reward_model(config.reward_model, tokenizer)
+    answers = _answers(config, model, _prompts(config, tokenizer))
+    rewards = sequence_rewards(reward_model, answers.pack(), config.micro_batch_tokens).tolist()
+    mean = math.fsum(rewards) / len(rewards)
+    error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None
+    return {"reward": mean, "standard_error": error, "count": len(rewards)}
+
+
+def _reward_accuracy(config: EvalConfig) -> Figures:
+    model, tokenizer = _model(config.model)
+    if model.head != "scalar":
+        raise ValueError(f"{config.model} holds a language model, and reward_accuracy needs a reward model")
+    rows = load_rankings(config.data, tokenizer, model.config.max_position_embeddings, config.on_bad_row)
+    batch = pack([response.tokens for prompt in rows.examples for response in prompt.responses])
+    rewards = sequence_rewards(model, batch, config.micro_batch_tokens)
+    pairs = ranking_pairs([prompt.ranking for prompt in rows.examples])
+    leads = (rewards[pairs.winners] - rewards[pairs.losers]).tolist()
+    return {**dataclasses.asdict(rate([float(lead > 0) for lead in leads])), "prompts": len(rows.examples)}
 
 
 def _prompts(config: EvalConfig, tokenizer: Tokenizer) -> ExampleSet[Prompt]:

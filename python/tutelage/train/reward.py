@@ -12,15 +12,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tutelage.batch import PackedBatch, pack
-from tutelage.data.examples import Batches, ExampleSet, Ranking, load_rankings, load_sft, split_examples
+from tutelage.data.examples import Batches, ExampleSet, Ranking, load_rankings, load_sft
 from tutelage.data.packing import Cursor
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.evaluate import sequence_rewards
@@ -28,34 +26,20 @@ from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import RankingPairs, ranking_metrics, ranking_pairs, reward_ranking
 from tutelage.optimizer import AdamW
-from tutelage.train import picture
-from tutelage.train.base_model import base_model, check_fits, content
 from tutelage.train.configs import RewardConfig
-from tutelage.train.run import METRICS, Run, ignore, learning_rate, open_run, write_json
+from tutelage.train.run import Run, ignore, learning_rate, open_run
+from tutelage.train.tuning import Best, TuningResult, base_model, check_rows, conclude, content, split
 
 
 @dataclass(frozen=True)
-class RewardResult:
-    """What a finished run has come to."""
+class RewardResult(TuningResult):
+    """What a finished run has come to. Losses are −log σ of the preferred response's lead, weighted mean over pairs;
+    examples are prompts."""
 
-    folder: Path
-    """The model and its tokenizer: `Model.from_pretrained(folder)`."""
-    steps: int
-    examples: int
-    """Prompts trained on."""
-    tokens: int
-    """Read, all processes of the run together; a token that is seen twice counts twice."""
-    loss: float
-    """Of the last step: −log σ of the preferred response's lead, weighted mean over pairs."""
-    eval_loss: float | None
-    """The same on the held-out prompts; None where nothing is held out."""
     eval_accuracy: float | None
     """Share of the held-out pairs whose preferred response has the higher reward; None where nothing is held out."""
     reward_bias: float
     """What `Model.values` subtracts: the mean reward of the demonstrations before."""
-    seconds: float
-    """Of this process's steps."""
-    tokens_per_second: float
 
 
 def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], None] = ignore) -> RewardResult:
@@ -86,6 +70,7 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         state = run.start(model, optimizer, f"{data.fingerprint} {held_out.fingerprint} {fingerprint}", base=content(model))
         cursor = Cursor(**state.get("cursor", {}))
         tokens, loss, measured = state.get("tokens", 0), state.get("loss", math.nan), state.get("measured", {})
+        best = Best(config, state)
         for step in run.steps(last):
             optimizer.lr = learning_rate(config, step, last)
             taken, cursor = data.take(cursor, config.batch_size)
@@ -127,15 +112,18 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
                     f"step {step}: {measured['eval_accuracy']:.1%} of the held-out pairs in the right order, "
                     f"loss {measured['eval_loss']:.3f}"
                 )
+                best.offer(model, step, measured)
             state = {"cursor": dataclasses.asdict(cursor), "tokens": tokens, "loss": loss, "measured": measured}
-            run.end_step(model, optimizer, state)
+            run.end_step(model, optimizer, {**state, **best.state})
 
+        selected, measured = best.restore(model, last, measured)
         scores = sequence_rewards(model, pack(demonstrations), config.micro_batch_tokens).tolist()
         model.reward_bias = math.fsum(scores) / len(scores)
         model.save_pretrained(run.folder / "model")
         result = RewardResult(
             folder=run.folder / "model",
             steps=last,
+            selected_step=selected,
             examples=len(data),
             tokens=tokens,
             loss=loss,
@@ -145,7 +133,11 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
             seconds=run.seconds,
             tokens_per_second=run.tokens / run.seconds if run.tokens else 0.0,
         )
-        _conclude(run, result, config)
+        conclude(run, result, config, "reward", "nats per pair")
+        if result.eval_accuracy is not None:
+            run.say(f"{result.eval_accuracy:.1%} of the held-out pairs are in the right order")
+        whose = "the best responses of the training data" if config.demonstrations is None else "the demonstrations"
+        run.say(f"reward_bias {result.reward_bias:.4g} is subtracted, so that {whose} score 0 on average")
         return result
 
 
@@ -161,10 +153,8 @@ def _examples(
         config.on_long,
     )
     run.say(str(loaded.report))
-    for prompt in loaded.examples:
-        together = sum(len(response.tokens) for response in prompt.responses)
-        check_fits(prompt.where, "the responses, which are learned together, have", together, config)
-    return split_examples(loaded, config.eval_fraction, config.seed)
+    check_rows(loaded, config.micro_batch_tokens)
+    return split(loaded, config)
 
 
 def _demonstrations(
@@ -181,8 +171,7 @@ def _demonstrations(
         config.on_long,
     )
     run.say(f"demonstrations: {loaded.report}")
-    for example in loaded.examples:
-        check_fits(example.where, "the row has", len(example.tokens), config)
+    check_rows(loaded, config.micro_batch_tokens)
     # A template may write a line break behind the last turn's stop token, where no ranked response has one.
     return [example.tokens[: np.flatnonzero(example.mask)[-1] + 1] for example in loaded.examples], loaded.fingerprint
 
@@ -210,16 +199,3 @@ def _measure(model: Model, prompts: Sequence[Ranking], config: RewardConfig) -> 
         "eval_loss": _loss(rewards, prompts, config, len(prompts)).item(),
         "eval_accuracy": ranking_metrics(rewards, _pairs(prompts))["accuracy"],
     }
-
-
-def _conclude(run: Run, result: RewardResult, config: RewardConfig) -> None:
-    if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
-        run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", "loss and accuracy", "nats per pair"))
-    measured = "" if result.eval_accuracy is None else f"; {result.eval_accuracy:.1%} of the held-out pairs in the right order"
-    run.say(f"loss {result.loss:.3f}, in nats per pair{measured}; {result.tokens_per_second:,.0f} tokens/s")
-    whose = "the best responses of the training data" if config.demonstrations is None else "the demonstrations"
-    run.say(f"reward_bias {result.reward_bias:.4g} is subtracted, so that {whose} score 0 on average")
-    run.say(f"model and tokenizer: {result.folder}")
-    if config.json is not None:
-        figures: dict[str, Any] = {**dataclasses.asdict(result), "folder": str(result.folder)}
-        write_json(Path(config.json), {"command": "reward", **figures})

@@ -121,6 +121,16 @@ class Run:
         """One line to the reader."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal, for work before the steps; tell what is yielded how much of `total` is done."""
+        if not self.console.is_terminal:
+            yield lambda done: None
+            return
+        with _bar(self.console) as bar:
+            task = bar.add_task("", total=total, figures=what)
+            yield lambda done: bar.update(task, completed=done)
+
     # ---- the state
 
     def start(self, model: Model, optimizer: AdamW, fingerprint: str, base: str = "") -> Mapping[str, Any]:
