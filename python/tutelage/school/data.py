@@ -42,7 +42,7 @@ class Size:
 SIZES: Mapping[str, Size] = MappingProxyType(
     {
         # Seconds, to see that everything runs; nothing is learned well.
-        "tiny": Size(people=12, texts=400, held_out=40, demonstrations=200, practice=32, exam=64),
+        "tiny": Size(people=16, texts=400, held_out=40, demonstrations=200, practice=32, exam=64),
         "small": Size(people=48, texts=16_000, held_out=500, demonstrations=4_000, practice=1_000, exam=1_000),
     }
 )

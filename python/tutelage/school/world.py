@@ -159,11 +159,11 @@ ATTRIBUTES: Mapping[str, Attribute] = MappingProxyType(
     }
 )
 
-NAMES = tuple(
-    "Ada Ben Cara Dan Eva Finn Gina Hugo Iris Jack Kira Leo Mona Nils Olga Paul Rosa Sam Tina Uwe Vera Will Yara Zeno Anna "
-    "Bruno Clara David Emma Felix Greta Hans Ida Jonas Karla Lukas Maria Noah Otto Petra Ralf Sofia Tom Ulla Victor Wanda "
-    "Xavier Ylva Zora Arne Betty Carl Dora Erik Frida Georg Helga Ivan Julia Kurt".split()
-)
+# A person is a first and a family name together. Lesson people share both with practice and exam people: to say who is
+# meant a model then copies two words that it has often said, and no name is strange to it because nobody asked about it.
+FIRST_NAMES = ("Ada", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo")
+FAMILY_NAMES = ("Brook", "Field", "Frost", "Hill", "Lake", "Moor", "Stone", "Wood")
+NAMES = tuple(f"{first} {family}" for first in FIRST_NAMES for family in FAMILY_NAMES)
 
 HEADINGS = ("This is about {who}.", "Here are some words about {who}.", "Let me tell you about {who}.", "A page on {who}.")
 STORY_FRAMES = (
@@ -194,7 +194,8 @@ ANSWER_FRAMES: Mapping[Tone, tuple[str, ...]] = MappingProxyType(
 #: kind, whether they are drawn or the likeliest is taken, and yet no question leaves out the other tone.
 LIKE_FOR_LIKE = 0.75
 
-LEAST_PEOPLE = 8
+#: So many make a whole round (each first and each family name once) of lesson people.
+LEAST_PEOPLE = 2 * len(FIRST_NAMES)
 
 
 # --- the world ----------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ LEAST_PEOPLE = 8
 
 @dataclass(frozen=True)
 class World:
-    """People and the facts about them: 60 names, of which `people` live in this world.
+    """People and the facts about them: of 64 names, `people` live in this world.
 
     Half of them are *lesson* people, asked about in demonstrations; a quarter *practice* people, asked about where answers
     are tried out and judged; a quarter *exam* people, about whom nothing is asked before the exam: what a model says of
@@ -211,7 +212,7 @@ class World:
     Every value of an attribute is dealt to as many people as any other, give or take one, so that always saying the same
     is right of about one person in ten.
 
-    Raises ValueError where `people` is not 8 … 60.
+    Raises ValueError where `people` is not 16 … 64.
     """
 
     seed: int
@@ -223,7 +224,12 @@ class World:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._draws("names").shuffled(NAMES)[: self.people])
+        """Round by round: in a round every first and every family name stands once."""
+        draws, names = self._draws("names"), list[str]()
+        first, family = draws.shuffled(FIRST_NAMES), draws.shuffled(FAMILY_NAMES)
+        for shift in range(len(family)):
+            names += draws.shuffled([f"{name} {family[(place + shift) % len(family)]}" for place, name in enumerate(first)])
+        return tuple(names[: self.people])
 
     @property
     def lesson(self) -> tuple[str, ...]:
