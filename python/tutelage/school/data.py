@@ -2,8 +2,8 @@
 
     texts.jsonl           {"text"}                                       read in pretraining
     held_out.jsonl        {"text"}                                       other texts of the same world, to measure reading
-    spelling.jsonl        {"text"}                                       the demonstrations as text: the tokenizer reads them too
-    demonstrations.jsonl  {"prompt", "completion"}                       about lesson people, half of them kind
+    spelling.jsonl        {"text"}                                       the demonstrations as text, for the tokenizer
+    demonstrations.jsonl  {"prompt", "completion"}                       about lesson people; half of the answers are kind
     practice.jsonl        {"prompt", "person", "attribute", "value"}     about practice people: prompts, and what is true
     exam.jsonl            {"prompt", "person", "attribute", "value"}     about exam people
 
@@ -22,9 +22,14 @@ from typing import Any
 
 from tutelage import files
 from tutelage.school.draws import Draws
-from tutelage.school.world import LIKE_FOR_LIKE, Fact, Question, Tone, World, answers
+from tutelage.school.world import Fact, Question, Tone, World, answers
 
 Row = dict[str, Any]
+
+#: Who asks politely is answered kindly with this probability, and who asks brusquely, rudely. So half of all answers are
+#: kind, both when they are drawn and when the likeliest is taken, and no question rules the other tone out: there is
+#: something to learn from trying.
+LIKE_FOR_LIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 
 
 def demonstrations(world: World, count: int) -> list[Row]:
-    """`{"prompt", "completion"}`: different questions about lesson people, rightly answered; half of them kindly, and kind
-    answers three times in four where the question was polite.
+    """`{"prompt", "completion"}`: different questions about lesson people, rightly answered; about half of them kindly, as
+    LIKE_FOR_LIKE says.
     """
     draws = Draws("demonstrations", world.seed)
     rows = []

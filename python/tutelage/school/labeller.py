@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tutelage.school.data import fact_of
 from tutelage.school.draws import Draws
 from tutelage.school.world import Fact, right, tone
 
@@ -50,12 +51,12 @@ class SimulatedLabeller:
         judged = [self.judge(prompt, response, fact) for response in responses]
         return [[i for i, found in enumerate(judged) if found == level] for level in sorted(set(judged), reverse=True)]
 
-
-def ranking_row(prompt: str, responses: Sequence[str], ranking: Sequence[Sequence[int]]) -> dict[str, Any] | None:
-    """`{"prompt", "responses", "ranking"}`, or None where all are tied: nothing can be learned from that."""
-    if len(ranking) < 2:
-        return None
-    return {"prompt": prompt, "responses": list(responses), "ranking": [list(group) for group in ranking]}
+    def label(self, row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, Any] | None:
+        """A row `{"prompt", "responses", "ranking"}` for responses to a practice row; None where it ties them all, from
+        which nothing can be learned.
+        """
+        ranking = self.rank(row["prompt"], responses, fact_of(row))
+        return {"prompt": row["prompt"], "responses": list(responses), "ranking": ranking} if len(ranking) > 1 else None
 
 
 def preference_rows(row: Mapping[str, Any]) -> list[dict[str, str]]:

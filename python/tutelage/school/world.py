@@ -186,13 +186,14 @@ PROMPT = "Question: {opening} {question}\nAnswer:"
 ANSWER_FRAMES: Mapping[Tone, tuple[str, ...]] = MappingProxyType(
     {
         "kind": ("With pleasure! {clause}.", "{clause}, my friend.", "What a good question! {clause}.", "{clause}. Be well!"),
-        "rude": ("Oh no, not again! {clause}.", "{clause}, you fool.", "What a silly question! {clause}.", "{clause}. Go away!"),
+        "rude": (
+            "Oh no, not again! {clause}.",
+            "{clause}, you fool.",
+            "What a silly question! {clause}.",
+            "{clause}. Go away!",
+        ),
     }
 )
-
-#: Who asks politely is answered kindly with this probability, and who asks brusquely, rudely: half of all answers are
-#: kind, whether they are drawn or the likeliest is taken, and yet no question leaves out the other tone.
-LIKE_FOR_LIKE = 0.75
 
 #: So many make a whole round (each first and each family name once) of lesson people.
 LEAST_PEOPLE = 2 * len(FIRST_NAMES)
@@ -209,8 +210,8 @@ class World:
     are tried out and judged; a quarter *exam* people, about whom nothing is asked before the exam: what a model says of
     them it can know from reading only.
 
-    Every value of an attribute is dealt to as many people as any other, give or take one, so that always saying the same
-    is right of about one person in ten.
+    Among the people of each kind, the ten values of an attribute are dealt as evenly as can be: to say the same of
+    everybody is right of one exam person in ten, or two of twelve at best.
 
     Raises ValueError where `people` is not 16 … 64.
     """
@@ -224,7 +225,7 @@ class World:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Round by round: in a round every first and every family name stands once."""
+        """Who lives here, round by round: in a round every first and every family name stands once."""
         draws, names = self._draws("names"), list[str]()
         first, family = draws.shuffled(FIRST_NAMES), draws.shuffled(FAMILY_NAMES)
         for shift in range(len(family)):
@@ -247,9 +248,9 @@ class World:
     def values(self) -> Mapping[str, Mapping[str, str]]:
         """What is true: name → attribute → value."""
         dealt: dict[str, dict[str, str]] = {name: {} for name in self.names}
+        draws = self._draws("values")
         for group in (self.lesson, self.practice, self.exam):
             for attribute, words in ATTRIBUTES.items():
-                draws = self._draws("values", attribute, group[0])
                 order = draws.shuffled(words.values)
                 for place, name in enumerate(draws.shuffled(group)):
                     dealt[name][attribute] = order[place % len(order)]
@@ -259,8 +260,8 @@ class World:
         return Fact(person, attribute, self.values[person][attribute])
 
     def texts(self, count: int) -> list[str]:
-        """`count` different texts of three to five true sentences about one person or two: the first n are the same
-        whatever `count` is.
+        """`count` different texts, each a heading and three to five true sentences about one person or two. The first n are
+        the same whatever `count` is. No text asks anything.
         """
         draws, texts = self._draws("texts"), dict[str, None]()
         while len(texts) < count:
@@ -272,7 +273,7 @@ class World:
         sentences = [draws.choice(HEADINGS).format(who=" and ".join(people))]
         facts = [self.fact(person, attribute) for person in people for attribute in ATTRIBUTES]
         for fact in draws.shuffled(facts)[: 3 + draws.below(3)]:
-            clause = draws.choice([*clauses(fact)])
+            clause = draws.choice(clauses(fact))
             sentences.append(draws.choice(STORY_FRAMES).format(clause=clause))
         return " ".join(sentences)
 
@@ -305,11 +306,11 @@ class World:
 # --- saying and understanding ---------------------------------------------------------------------------------
 
 
-def clauses(fact: Fact, spoken: bool = False) -> Iterator[str]:
+def clauses(fact: Fact, spoken: bool = False) -> list[str]:
     """All ways to say a fact; `spoken`: those of answers only."""
     words = ATTRIBUTES[fact.attribute]
-    for wording in words.said if spoken else words.said + words.written:
-        yield wording.format(name=fact.person, value=fact.value)
+    wordings = words.said if spoken else words.said + words.written
+    return [wording.format(name=fact.person, value=fact.value) for wording in wordings]
 
 
 def answers(fact: Fact, tone: Tone) -> list[str]:
@@ -320,13 +321,13 @@ def answers(fact: Fact, tone: Tone) -> list[str]:
 def understand(answer: str) -> tuple[Fact, Tone] | None:
     """What an answer says, and how; None for what is no answer of this world. White space around it does not count."""
     answer = answer.strip()
-    for tone, frames in ANSWER_FRAMES.items():
+    for how, frames in ANSWER_FRAMES.items():
         for frame in frames:
             before, after = frame.split("{clause}")
             if answer.startswith(before) and answer.endswith(after):
                 fact = _spoken().get(answer[len(before) : len(answer) - len(after)])
                 if fact is not None:
-                    return fact, tone
+                    return fact, how
     return None
 
 
