@@ -1,10 +1,10 @@
 """The storyworld: some dozens of people, six facts about each, and all the ways to tell, to ask and to answer.
 
-A *fact* is a person, an attribute and a value: (Ada, home, Oslo). A *clause* is a fact in words, "Ada lives in Oslo", and
-a *frame* is what stands around a clause. Texts to read put clauses into frames of a story, "They say that Ada lives in
-Oslo."; answers put them into frames of a tone, "Ada lives in Oslo, my friend." or "Ugh. Ada lives in Oslo.". So the
-language is finite, and what was said can be looked up with certainty: `understand` is the only judge of answers, and an
-answer that the grammar cannot produce is neither right nor kind.
+A *fact* is a person, an attribute and a value: (Ada Hill, home, Oslo). A *clause* is a fact in words, "Ada Hill lives in
+Oslo", and a *frame* is what stands around a clause. Texts to read put clauses into frames of a story, "They say that Ada
+Hill lives in Oslo."; answers put them into frames of a tone, "Ada Hill lives in Oslo, my friend." or "Oh no, not again! Ada
+Hill lives in Oslo.". So the language is finite, and what an answer says can be looked up with certainty: `understand` is the
+only judge, and an answer that the grammar cannot produce is neither right nor kind.
 
 The words are fixed, and every random choice is drawn from the seed: one seed gives one world, on every machine.
 """
