@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tutelage.train.reward import reward
 from tutelage.train.sft import sft
 
 pytestmark = [
+    pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11"),
     pytest.mark.slow,  # TRL alone takes ten seconds to import
     pytest.mark.usefixtures("one_thread", "offline"),
     pytest.mark.filterwarnings("ignore"),  # TRL's own
