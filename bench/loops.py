@@ -47,6 +47,8 @@ PARTS = (FORWARD, BACKWARD, OPTIMIZER)
 # The norm reads the gradient (4 bytes a parameter); AdamW reads gradient, parameter and two moments and writes three (28).
 OPTIMIZER_BYTES = 32.0
 
+WARM_UP = 2  # steps of each contender that do not count: memory that is touched for the first time is slow
+
 
 @dataclass(frozen=True)
 class LoopShape:
@@ -218,12 +220,11 @@ def _trainer(name: str, loop: str, folder: Path, shape: LoopShape) -> trl.Traine
 
 @dataclass
 class Round:
-    """A step of ours and what was measured beside it: ceilings in flops and bytes a second."""
+    """A step of ours and what was measured beside it."""
 
     seconds: float
     parts: Mapping[str, float]
     flops_s: float
-    bytes_s: float
     peers: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Name -> (seconds of its step, flops a second beside it)."""
 
@@ -231,48 +232,51 @@ class Round:
 def _rounds(
     config: LoopsConfig, plan: Plan, loop: str, folder: Path, peers: Sequence[str]
 ) -> tuple[list[Round], tuple[float, float] | None]:
-    """Steps of ours and of the peers in turn, a sample of the ceilings between any two; and the reference's pass."""
-    shape, threads = SHAPES[loop], torch.get_num_threads()
-    peak, read = gauge("GFLOP/s", threads, plan.seconds / 2), gauge("GB/s", threads, plan.seconds / 2)
+    """Steps of ours and of the peers in turn, a sample of the FMA peak between any two; and the reference's pass."""
+    shape = SHAPES[loop]
+    peak = gauge("GFLOP/s", torch.get_num_threads(), plan.seconds)
     trainers = {name: _trainer(name, loop, folder, shape) for name in peers}
-    clock, rounds, samples = Clock(peak), list[Round](), list[tuple[float, float]]()
+    clock, rounds, samples = Clock(peak), list[Round](), list[float]()
 
-    def beside() -> tuple[float, float]:
-        """Takes another sample; both ceilings as they were around what happened since the one before."""
+    def beside() -> float:
+        """Takes another sample; the peak in flops a second as it was around what happened since the one before."""
         time.sleep(plan.settle)
-        samples.append((1e9 * peak(), 1e9 * read()))
+        samples.append(1e9 * peak())
         time.sleep(plan.settle)
-        flops_s, bytes_s = (statistics.mean(pair) for pair in zip(*samples[-2:], strict=True))
-        return flops_s, bytes_s
+        return statistics.mean(samples[-2:])
 
     def done(seconds: float) -> None:
-        own = Round(seconds, dict(clock.parts), *beside())
+        own = Round(seconds, dict(clock.parts), beside())
         for name, trainer in trainers.items():
-            own.peers[name] = trainer.seconds(), beside()[0]
+            own.peers[name] = trainer.seconds(), beside()
         rounds.append(own)
 
-    run_loop(loop, folder, shape, plan.rounds + 1, config.micro_batch_tokens, clock, done)
-    return rounds[1:], clock.reference  # the first steps warm up
+    run_loop(loop, folder, shape, WARM_UP + plan.rounds, config.micro_batch_tokens, clock, done)
+    return rounds[WARM_UP:], clock.reference
 
 
 def _measured(config: LoopsConfig, plan: Plan, loop: str, folder: Path) -> Iterator[Measurement]:
-    shape = SHAPES[loop]
+    shape, threads = SHAPES[loop], torch.get_num_threads()
     peers = list(PEERS[loop]) if config.peers and trl.installed() else []
+    # Not between the steps: what it reads, 256 MiB, would push the loop's own memory out of the core's store, and the next
+    # step would pay for fresh pages.
+    read = gauge("GB/s", threads, plan.seconds)
+    before = read()
     rounds, reference = _rounds(config, plan, loop, folder, peers)
+    bytes_s = 1e9 * statistics.mean((before, read()))
     parameters = _core.Transformer(shape.config.core_fields("lm")).size
     flops = model_flops(shape.config, parameters, WIDTH[loop] * shape.rows, shape.length)
     what = f"{WIDTH[loop] * shape.rows}x{shape.length}"
     whole = _whole(loop, what, flops, rounds, peers)
     if config.memory:
         arguments = (loop, asdict(shape) | {"config": shape.config.to_dict()}, str(folder), config.micro_batch_tokens)
-        threads = torch.get_num_threads()
         whole.extra["peak GiB"] = {n: peak_bytes(two_steps, n, *arguments, threads=threads) / 2**30 for n in (OURS, *peers)}
     yield whole
-    flops_s, bytes_s = [r.flops_s for r in rounds], [r.bytes_s for r in rounds]
+    flops_s = [r.flops_s for r in rounds]
     cases: list[tuple[str, Unit, float, list[float]]] = [
         (FORWARD, "GFLOP/s", flops / 3, flops_s),
         (BACKWARD, "GFLOP/s", flops * 2 / 3, flops_s),
-        (OPTIMIZER, "GB/s", OPTIMIZER_BYTES * parameters, bytes_s),
+        (OPTIMIZER, "GB/s", OPTIMIZER_BYTES * parameters, [bytes_s] * len(rounds)),
     ]
     for part, unit, work, ceiling in cases:
         yield _part(loop, part, what, unit, work, [r.parts[part] for r in rounds], ceiling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 from chats_for_tests import CHATML_MARKED, TEMPLATES, turns
 from runs_for_tests import save_model, write_rows
 from tutelage import Tokenizer, load_preferences, load_sft
+from tutelage.bench import trl as bench_trl
 from tutelage.data.examples import Batches, ExampleSet
 from tutelage.train.configs import DpoConfig, RewardConfig, SftConfig
 from tutelage.train.dpo import dpo
@@ -199,3 +201,17 @@ def test_the_losses_of_ten_steps_are_trls(case: Case, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     different = ours(case.stage, base, case.rows, tmp_path / "other", **{**case.both, **case.other})
     assert largest_difference(different, its) > DIFFERENT, case.other
+
+
+@pytest.mark.parametrize("name", bench_trl.LOSSES)
+def test_the_trainers_of_the_benchmark_take_one_step_after_the_other(name: str, tmp_path: Path) -> None:
+    base, sft_rows = save_model(tmp_path / "base"), name == "sft"
+    rows = write_rows(tmp_path / "rows.jsonl", (PROMPT_COMPLETION if sft_rows else PAIRS)[:4])
+    trainer = bench_trl.Trainer(name, base, rows, 4, LONGEST)
+    weight = trainer._trainer.model.model.norm.weight
+    seen = [weight.detach().clone()]
+    for _ in range(3):
+        assert 0 < trainer.seconds() < 10
+        seen.append(weight.detach().clone())
+    assert all(not before.equal(after) for before, after in itertools.pairwise(seen))
+    assert trainer._trainer.optimizer.state[weight]["step"] == 3  # one optimizer throughout
