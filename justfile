@@ -36,11 +36,12 @@ tsan:
 neon:
     cmake --preset neon && cmake --build --preset neon && ctest --preset neon
 
-# Kernels, the training step and rollouts against the machine's ceilings and peers
+# Kernels, the training step, rollouts and loops against the machine's ceilings and peers
 bench *args:
     tutelage bench kernels {{ args }}
     tutelage bench train {{ args }}
     tutelage bench rollout {{ args }}
+    tutelage bench loops {{ args }}
 
 # ruff, mypy, clang-format, weak symbols
 lint:

@@ -1,4 +1,4 @@
-"""``tutelage bench kernels|train|rollout``: speeds as fractions of the machine's ceilings, as ratios to peers.
+"""``tutelage bench kernels|train|rollout|loops``: speeds as fractions of the machine's ceilings, as ratios to peers.
 
 Ceilings, peers and ours are measured in one run, alternating, because machines change their speed by the
 hour. Nothing here imports torch before :func:`run`.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["KernelsConfig", "RolloutConfig", "TrainConfig", "run"]
+__all__ = ["KernelsConfig", "LoopsConfig", "RolloutConfig", "TrainConfig", "run"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,40 @@ class RolloutConfig:
     json: Path | None = None
 
 
-def run(config: KernelsConfig | TrainConfig | RolloutConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LoopsConfig:
+    """Steps of the loops that learn from people, `tutelage sft` and `tutelage dpo` as they are, on the SmolLM2-135M shape:
+    which part takes how long, of its roofline, and the whole against TRL's trainers.
+
+    sft: 2 sequences of 512 tokens; dpo: 4 pairs of 256. A quarter of each is the prompt.
+
+    Args:
+        loops: which of them.
+        rounds: steps of each contender.
+        micro_batch_tokens: as the loops': tokens of one forward and backward.
+        peers: measure TRL too, where it is installed.
+        memory: measure the peak memory of each, in a process of its own.
+        json: a file to write the JSON line to as well.
+    """
+
+    loops: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo")
+    rounds: int = 3
+    micro_batch_tokens: int = 8192
+    peers: bool = True
+    memory: bool = True
+    json: Path | None = None
+
+
+def run(config: KernelsConfig | TrainConfig | RolloutConfig | LoopsConfig) -> dict[str, Any]:
     """Measures, prints a table and one line of JSON, and returns what that line says.
 
     Raises:
         ValueError: naming a kernel or shape that there is none of; fewer than one round or step.
     """
-    from . import kernels, rollout, train
+    from . import kernels, loops, rollout, train
 
     if isinstance(config, RolloutConfig):
         return rollout.run(config)
+    if isinstance(config, LoopsConfig):
+        return loops.run(config)
     return kernels.run(config) if isinstance(config, KernelsConfig) else train.run(config)

@@ -99,6 +99,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.bench:RolloutConfig",
         "tutelage.bench:run",
     ),
+    "bench loops": Command(
+        "Measure steps of sft and dpo part by part, and against TRL.",
+        "tutelage.bench:LoopsConfig",
+        "tutelage.bench:run",
+    ),
     "doctor": Command(
         "Say what this installation can do here: CPU, kernels, threads, libraries.",
         "tutelage.doctor:DoctorConfig",

@@ -7,32 +7,41 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import pytest
 import torch
 
 from tutelage import _core, bench
+from tutelage import model as model_module
 from tutelage.batch import pack
 from tutelage.bench import (
     KernelsConfig,
+    LoopsConfig,
     RolloutConfig,
     TrainConfig,
     ceilings,
     kernels,
     llama_cpp,
+    loops,
     measure,
     memory,
     peers,
     rollout,
     train,
+    trl,
 )
 from tutelage.bench.measure import Case, Plan
 from tutelage.config import ModelConfig
+from tutelage.data.examples import Batches, load_preferences, load_sft
+from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
+from tutelage.optimizer import AdamW
+from tutelage.train.run import Run
 
 TINY: dict[str, tuple[int, ...]] = {
     "matmul": (19, 40, 24),
@@ -65,6 +74,10 @@ TINY_LLAMA = train.TrainShape(
     3,
     16,
 )
+TINY_LOOPS = {
+    loop: loops.LoopShape(dataclasses.replace(TINY_LLAMA.config, vocab_size=300, max_position_embeddings=32), rows, length)
+    for loop, rows, length in (("sft", 2, 32), ("dpo", 3, 24))
+}
 
 
 @pytest.fixture
@@ -75,8 +88,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "Plan", lambda rounds: TINY_PLAN)
     monkeypatch.setattr(train, "SHAPES", {"gpt2": TINY_GPT2, "llama": TINY_LLAMA})
     monkeypatch.setattr(train, "Plan", lambda rounds: TINY_PLAN)
+    monkeypatch.setattr(loops, "SHAPES", TINY_LOOPS)
+    monkeypatch.setattr(loops, "Plan", lambda rounds: dataclasses.replace(TINY_PLAN, rounds=rounds))
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**16)
-    for module in (kernels, train):  # a process each; tested by itself below
+    for module in (kernels, train, loops):  # a process each; tested by itself below
         monkeypatch.setattr(module, "peak_bytes", lambda prepare, *arguments, threads: len(arguments) * 2**20)
     yield
 
@@ -394,6 +409,132 @@ def test_work_of_a_decoding_step_by_hand() -> None:
     weights = 30 * (576 * 960 + 576 * 576 + 3 * 576 * 1536) + 49152 * 576
     assert rollout.flops_of_token(model, 100) == 2 * weights + 4 * 30 * 9 * 64 * 100
     assert rollout.bytes_of_step(model, 8, 100) == 4 * weights + 8 * 100 * 30 * 2 * 3 * 64 * 4
+
+
+# ---- the loops
+
+
+@pytest.mark.parametrize("loop", TINY_LOOPS)
+def test_rows_of_the_loops_have_the_tokens_that_are_counted(loop: str, tmp_path: Path) -> None:
+    shape = TINY_LOOPS[loop]
+    loops.write_material(tmp_path, loop, shape)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    if loop == "sft":
+        sequences = list(load_sft(tmp_path / "rows.jsonl", tokenizer, shape.length).examples)
+    else:
+        pairs = load_preferences(tmp_path / "rows.jsonl", tokenizer, shape.length).examples
+        sequences = [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
+    assert len(sequences) == shape.rows * loops.WIDTH[loop]
+    for sequence in sequences:
+        assert len(sequence.tokens) == shape.length and sequence.mask.sum() == shape.length - shape.length // 4
+
+
+def later(function: Any, seconds: float) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return function(*arguments, **options)
+
+    return slow
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "part"),
+    [
+        (Model, "score", "forward"),
+        (model_module._Score, "backward", "backward"),
+        (AdamW, "step", "optimizer"),
+        (Batches, "take", "other"),
+    ],
+)
+def test_a_slow_part_of_a_step_shows_as_itself(
+    owner: Any, name: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops.write_material(tmp_path, "sft", TINY_LOOPS["sft"])
+    slow = later(getattr(owner, name), 0.1)
+    monkeypatch.setattr(owner, name, staticmethod(slow) if name == "backward" else slow)
+    clock, steps = loops.Clock(lambda: 1.0), list[dict[str, float]]()
+
+    def done(seconds: float) -> None:
+        steps.append({**clock.parts, "other": seconds - sum(clock.parts.values())})
+
+    loops.run_loop("sft", tmp_path, TINY_LOOPS["sft"], 3, 8192, clock, done)
+    assert len(steps) == 3 and clock.reference is None
+    for parts in steps[1:]:
+        assert parts.keys() == {"forward", "backward", "optimizer", "other"}
+        assert parts[part] > 0.1
+        assert sum(parts.values()) - parts[part] < 0.1  # of a model that takes a millisecond
+
+
+class FakeTrainer:
+    """Where TRL would take ten seconds to import: which one is asked for, and how often."""
+
+    made: ClassVar[list[str]] = []
+    steps: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, folder: Path, rows: Path, batch_size: int, max_length: int) -> None:
+        assert len(rows.read_text().splitlines()) == batch_size and (folder / "model.safetensors").exists()
+        self.name = name
+        self.made.append(name)
+
+    def seconds(self) -> float:
+        self.steps.append(self.name)
+        return 2.0
+
+
+def test_bench_loops(tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl, "installed", lambda: True)
+    monkeypatch.setattr(trl, "Trainer", FakeTrainer)
+    FakeTrainer.made.clear()
+    FakeTrainer.steps.clear()
+    before = Model.score, model_module._Score.__dict__["backward"], AdamW.step, Run.steps
+    line = bench.run(LoopsConfig(rounds=2))
+    assert (Model.score, model_module._Score.__dict__["backward"], AdamW.step, Run.steps) == before
+    check(line, capsys.readouterr().out)
+    parts = ["step", "forward", "backward", "optimizer"]
+    cases = [(m["kernel"], m["phase"], m["shape"]) for m in line["results"]]
+    assert cases == [("sft", part, "2x32") for part in parts] + [("dpo", part, "6x24") for part in (*parts, "reference")]
+    assert FakeTrainer.made == ["sft", "dpo", "dpo cached"]
+    assert FakeTrainer.steps == ["sft"] * 4 + ["dpo", "dpo cached"] * 4  # two of them to warm up, in turn with ours
+    for m in line["results"]:
+        if m["phase"] != "step":
+            assert m["ratios"] == m["extra"] == {}
+            continue
+        assert set(m["ratios"]) == set(loops.PEERS[m["kernel"]])
+        shape = TINY_LOOPS[m["kernel"]]
+        sequences = shape.rows * loops.WIDTH[m["kernel"]]
+        flops = train.model_flops(shape.config, Model(shape.config).params.numel(), sequences, shape.length)
+        assert m["rates"]["TRL"]["median"] == pytest.approx(1e-9 * flops / 2)
+        assert m["ratios"]["TRL"]["median"] == pytest.approx(2 / m["extra"]["seconds"]["ours"]["median"], rel=0.5)
+        shares = m["extra"]["% of the step"]
+        assert all(share["low"] > 0 for share in shares.values())
+        assert sum(share["low"] for share in shares.values()) <= 100 <= sum(share["high"] for share in shares.values())
+        assert m["extra"]["peak GiB"]["ours"] == 5 / 1024
+
+
+def test_bench_loops_alone(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    line = bench.run(LoopsConfig(loops=("dpo",), rounds=1, peers=False, memory=False, micro_batch_tokens=50))
+    check(line, capsys.readouterr().out)
+    assert [m["phase"] for m in line["results"]] == ["step", "forward", "backward", "optimizer", "reference"]
+    assert line["results"][0]["ratios"] == {} and "peak GiB" not in line["results"][0]["extra"]
+    with pytest.raises(ValueError, match="micro_batch_tokens must be at least 1, but it is 0"):
+        bench.run(LoopsConfig(micro_batch_tokens=0))
+
+
+@pytest.mark.parametrize("loop", TINY_LOOPS)
+def test_what_the_other_process_runs_of_the_loops(loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl, "Trainer", FakeTrainer)
+    shape, steps = TINY_LOOPS[loop], list[int]()
+    loops.write_material(tmp_path, loop, shape)
+    fields = {**dataclasses.asdict(shape), "config": shape.config.to_dict()}
+    arguments = json.loads(json.dumps([loop, fields, str(tmp_path), 8192]))
+    log = Run.log
+    monkeypatch.setattr(Run, "log", lambda self, *a, **k: (steps.append(self.step), log(self, *a, **k)))
+    monkeypatch.setattr(Run, "_save", None)  # nothing is saved
+    loops.two_steps("ours", *arguments)()
+    assert steps == [1, 2]
+    FakeTrainer.steps.clear()
+    loops.two_steps("TRL", *arguments)()
+    assert FakeTrainer.steps == [loop, loop]
 
 
 def test_unknown_names() -> None:
