@@ -523,10 +523,10 @@ class PpoConfig(TryingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("total_episodes", "kl_coef", "vf_coef", "critic_learning_rate", "critic_warmup_steps", "target_kl", "ptx_coef"):
+        for name in ("total_episodes", "kl_coef", "critic_learning_rate", "critic_warmup_steps", "target_kl", "ptx_coef"):
             at_least(self, name, 0)
         at_least(self, "num_ppo_epochs", 1)
-        for name in ("target", "horizon", "cliprange", "cliprange_value", "ptx_ratio"):
+        for name in ("target", "horizon", "cliprange", "cliprange_value", "vf_coef", "ptx_ratio"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but it is {getattr(self, name)}")
         for name in ("gamma", "lam"):
