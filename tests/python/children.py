@@ -13,11 +13,12 @@ from tutelage import cli
 from tutelage.data.packing import Cursor
 from tutelage.files import Disk, Operation
 from tutelage.train import dpo as preferring
+from tutelage.train import grpo as groups
 from tutelage.train import ppo as policy
 from tutelage.train import pretrain as pretraining
 from tutelage.train import reward as reward_modelling
 from tutelage.train import sft as fine_tuning
-from tutelage.train.configs import DpoConfig, OrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from tutelage.train.configs import DpoConfig, GrpoConfig, OrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
 
 # Of each loop: its module, its function and its config.
 LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
@@ -27,6 +28,7 @@ LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
     "dpo": (preferring, preferring.dpo, DpoConfig),
     "orpo": (preferring, preferring.orpo, OrpoConfig),
     "ppo": (policy, policy.ppo, PpoConfig),
+    "grpo": (groups, groups.grpo, GrpoConfig),
 }
 
 

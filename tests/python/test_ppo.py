@@ -51,7 +51,7 @@ from tutelage.train.run import Interrupted, NonFiniteError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 4
-HERE = Path(__file__).with_name("trying_for_tests.py")
+HERE = Path(__file__).with_name("rewards_for_tests.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -771,7 +771,7 @@ def test_gradients_of_every_update_are_those_of_a_plain_version(world: World, wa
 def test_it_learns_what_is_rewarded(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a function of the text, with a critic that begins at 0; and tells so. Negative control: the first steps."""
     options = {"reward_model": None, "reward_funcs": [f"{HERE}:ascii_only"], "kl_coef": 0.01, "lr_scheduler_type": "constant"}
-    sizes = {"max_steps": 40, "batch_size": 16, "learning_rate": 2e-2, "critic_learning_rate": 5e-3, "micro_batch_tokens": 8192}
+    sizes = {"max_steps": 40, "eval_fraction": 0.4, "batch_size": 16, "learning_rate": 2e-2, "critic_learning_rate": 5e-3, "micro_batch_tokens": 8192}
     figures = tmp_path / "figures.json"
     told = {"logging_steps": 1, "eval_steps": 40, "json": str(figures), "plot": True}
     result = run(world, tmp_path / "run", **options, **sizes, **told)
@@ -936,7 +936,7 @@ def test_a_resume_from_other_models_is_refused(world: World, tmp_path: Path) -> 
 
 
 def test_the_model_whose_answers_score_best_is_saved(world: World, tmp_path: Path) -> None:
-    options = {"eval_steps": 1, "learning_rate": 5e-2, "max_steps": 8, "lr_scheduler_type": "constant", "kl_coef": 1.0}
+    options = {"eval_steps": 1, "learning_rate": 5e-2, "max_steps": 8, "lr_scheduler_type": "constant", "kl_coef": 1.0, "seed": 1}
     best = run(world, tmp_path / "best", **options, select_by="eval_reward")
     measured = [line for line in read_metrics(tmp_path / "best" / "metrics.jsonl") if "eval_reward" in line]
     highest = max(measured, key=lambda line: line["eval_reward"])
@@ -1067,7 +1067,7 @@ def test_what_does_not_fit_is_named(world: World, tmp_path: Path) -> None:
         run(world, folder, reward_model=None)
     with pytest.raises(ValueError, match="max_completion_length is 96, which leaves no room for a prompt in 96 tokens: lower"):
         run(world, folder, max_completion_length=96)
-    with pytest.raises(ValueError, match=r"line 1: the prompt and its answer may have \d+ tokens, more than micro_batch_tokens"):
+    with pytest.raises(ValueError, match=r"line \d+: the prompt and its answer may have \d+ tokens, more than micro_batch_tokens"):
         run(world, folder, micro_batch_tokens=11)
     with pytest.raises(ValueError, match="the prompt has .* tokens"):
         run(world, folder, max_completion_length=90)
@@ -1155,4 +1155,6 @@ def test_the_command(world: World, tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(command) == 2
     assert "tutelage ppo: " in capsys.readouterr().err
-    assert main([*command, "--top_p", "0.9"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--top_p", "0.9"])
+    assert "the ratio of the two would be wrong" in " ".join(capsys.readouterr().err.replace("│", " ").split())

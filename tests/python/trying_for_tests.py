@@ -154,35 +154,3 @@ def sequences_of(answers: Episodes) -> list[list[int]]:
     """Prompt and answer of each episode."""
     rows = zip(answers.rollouts.prompts, answers.rollouts.tokens, strict=True)
     return [[*prompt.tolist(), *answer.tolist()] for prompt, answer in rows]
-
-
-# Reward functions, by the name of this file.
-
-
-def letters(prompts: Sequence[Any], completions: Sequence[str], number: Sequence[int]) -> list[float]:
-    """How many letters a the answer has, and a little for the row's number."""
-    return [text.count("a") + n / 100 for text, n in zip(completions, number, strict=True)]
-
-
-def ascii_only(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The share of the answer that is ASCII: what a short training learns."""
-    return [sum(c.isascii() and c.isprintable() for c in text) / max(len(text), 1) for text in completions]
-
-
-def some(prompts: Sequence[Any], completions: Sequence[str], number: Sequence[int]) -> list[float | None]:
-    """No reward for every third row."""
-    return [None if n % 3 == 0 else float(n % 5) for n in number]
-
-
-def none(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[None]:
-    return [None] * len(completions)
-
-
-def not_a_number(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-    return [float("nan")] * len(completions)
-
-
-def talk(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Of messages."""
-    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
-    return [float(len(completion[0]["content"])) for completion in completions if completion[0]["role"] == "assistant"]

@@ -545,6 +545,54 @@ class PpoConfig(TryingConfig):
 
 
 @dataclass(frozen=True)
+class GrpoConfig(TryingConfig):
+    """Group-relative policy optimisation: learn which of several answers to a prompt were better than its others.
+
+    Like `tutelage ppo`, but several answers a prompt take the critic's place. GRPO, DAPO's token mean, Dr. GRPO and RLOO. At
+    home where a function can tell right from wrong. Start from a model that was taught by `tutelage sft`.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same bits.
+    """
+
+    output_dir: str = "runs/grpo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face folder)."""
+    batch_size: int = 8
+    """Prompts of a step, each with num_generations answers."""
+    num_generations: int = 8
+    """Answers to each prompt; the prompt is computed once for all."""
+    num_iterations: int = 1
+    """How often a step's answers are learned from."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "rloo"] = "grpo"
+    """What the loss is a mean of: grpo: each answer's mean over its tokens. dapo: all tokens. dr_grpo: sums over answers,
+    divided by max_completion_length, so that long wrong answers are no cheaper. rloo: whole answers, compared with the mean of
+    the others (REINFORCE leave-one-out)."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """By which standard deviation of the scores an advantage is divided. None: as the papers have it: group for grpo and dapo,
+    none for dr_grpo and rloo."""
+    beta: float = 0.0
+    """How dear it is to leave the reference: weight of the KL (k3) in the loss; for rloo in the score. 0: there is no
+    reference."""
+    epsilon: float = 0.2
+    """A token (rloo: an answer) that has become likelier or less likely by this share since it was drawn is pushed no
+    further."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "num_generations", 2)
+        at_least(self, "num_iterations", 1)
+        at_least(self, "beta", 0)
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, but it is {self.epsilon}")
+        if self.loss_type == "rloo" and self.scale_rewards not in (None, "none"):
+            raise ValueError(f"rloo does not scale its advantages: leave scale_rewards out, not {self.scale_rewards}")
+        if self.ref_model is not None and not self.beta:
+            raise ValueError("ref_model is compared with at a beta above 0 only: give that too")
+        answers = self.batch_size * self.num_generations
+        if self.num_mini_batches > answers:
+            raise ValueError(f"num_mini_batches is {self.num_mini_batches}, but a step has only {answers} answers")
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """Train a byte-level BPE tokenizer and save it as a Hugging Face folder.
 
