@@ -21,6 +21,15 @@ def some(prompts: Sequence[Any], completions: Sequence[str], number: Sequence[in
     return [None if n % 3 == 0 else float(n % 5) for n in number]
 
 
+def odd_lengths(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    """The share of letters a, but no reward for a text of an even length."""
+    return [text.count("a") / len(text) if len(text) % 2 else None for text in completions]
+
+
+def always_one(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
 def none(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[None]:
     return [None] * len(completions)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -27,14 +26,16 @@ from trying_for_tests import (
     ANSWER,
     Watched,
     close,
+    newest,
     save_judge,
     save_policy,
     save_prompts,
     sequences_of,
+    state_of,
     watching,
     with_params,
 )
-from tutelage import Model, ModelConfig, load_prompts, objectives, pack
+from tutelage import Model, ModelConfig, load_prompts, pack
 from tutelage.cli import main
 from tutelage.files import newest_complete
 from tutelage.objectives import adaptive_kl_coef, mean_std
@@ -199,7 +200,7 @@ def test_detail_02_there_are_no_pads_and_the_end_is_learned(watch: Watch) -> Non
 def test_detail_03_truncated_sampling_is_refused_unless_it_is_asked_for(
     options: dict[str, Any], world: World, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="the ratio of the two would be wrong for every token. Leave them out, or say --allow"):
+    with pytest.raises(ValueError, match=r"the ratio of the two would be wrong for every token\. Leave them out, or say --"):
         config(world, tmp_path, **options)
     with watching(loop, *NAMES) as watched:
         ppo(config(world, tmp_path / "run", **options, **ONE, eval_fraction=0.0, allow_truncated_sampling=True))
@@ -295,9 +296,7 @@ def test_detail_10_nothing_follows_the_stop_token(world: World, watch: Watch) ->
 
 def test_detail_11_kl_is_paid_for_every_token_and_the_score_at_the_last(watch: Watch) -> None:
     course = watch()
-    for (arguments, _), (given, _) in zip(
-        course.watched.calls["gae"], course.watched.calls["advantages_of"], strict=True
-    ):
+    for (arguments, _), (given, _) in zip(course.watched.calls["gae"], course.watched.calls["advantages_of"], strict=True):
         _, answers, known, _, kl_coef = given
         batch, drawn = answers.batch, answers.batch.logprobs
         expected = torch.where(batch.completion_mask, -kl_coef * (drawn - known), 0).double()
@@ -368,9 +367,7 @@ def test_detail_14_nothing_comes_from_behind_the_end_or_from_a_neighbour(world: 
 def test_detail_15_returns_are_unwhitened_advantages_and_values(watch: Watch) -> None:
     plain, white = (wholes(watch(whiten_advantages=white, **ONE))[0] for white in (False, True))
     assert bits(plain.columns["returns"]) == bits(white.columns["returns"])
-    assert torch.allclose(
-        plain.columns["advantages"] + plain.columns["old_values"], plain.columns["returns"], atol=1e-5
-    )
+    assert torch.allclose(plain.columns["advantages"] + plain.columns["old_values"], plain.columns["returns"], atol=1e-5)
     assert not torch.allclose(white.columns["advantages"] + white.columns["old_values"], white.columns["returns"], atol=0.1)
 
 
@@ -381,9 +378,7 @@ def test_detail_16_advantages_and_rewards_are_whitened_over_answers(watch: Watch
     assert mean_std(whole.columns["advantages"], mask) == pytest.approx((0, 1), abs=1e-5)
     (raw,) = wholes(watch(whiten_advantages=False, **ONE))
     assert mean_std(raw.columns["advantages"], mask)[1] != pytest.approx(1, abs=1e-2)
-    rewards, white = (
-        watch(whiten_rewards=white, **ONE).watched.calls["gae"][0][0][0] for white in (False, True)
-    )
+    rewards, white = (watch(whiten_rewards=white, **ONE).watched.calls["gae"][0][0][0] for white in (False, True))
     mean, deviation = mean_std(rewards, mask)
     assert mean_std(white, mask) == pytest.approx((mean, 1), abs=1e-4) and deviation != pytest.approx(1, abs=1e-2)
 
@@ -490,9 +485,7 @@ def test_detail_24_first_ratio_is_exactly_one(watch: Watch) -> None:
     course = watch()
     calls = iter(course.watched.calls["ppo_policy"])
     for step in (1, 2):
-        for number, part in enumerate(
-            part for epoch in (0, 1) for part in mini_batches(8, 2, f"0 {step} {epoch}")
-        ):
+        for number, part in enumerate(part for epoch in (0, 1) for part in mini_batches(8, 2, f"0 {step} {epoch}")):
             same, tokens = True, course.watched.answers[step - 1].batch.select(part).tokens.numel()
             while tokens:
                 (logprobs, old, _, mask, *_), _ = next(calls)
@@ -528,7 +521,7 @@ def test_detail_25_what_is_measured(watch: Watch) -> None:
     assert [line["episode"] for line in lines] == [8, 16]
     for step, line in enumerate(lines):
         answers = course.watched.answers[step]
-        (_, _, known, values, _), (whole, _) = course.watched.calls["advantages_of"][step]
+        (_, _, known, _, _), (whole, _) = course.watched.calls["advantages_of"][step]
         batch, mask = answers.batch, answers.batch.completion_mask
         assert batch.logprobs is not None
         drawn = torch.stack([x.sum() for x in torch.split(batch.logprobs.double(), batch.lengths)])
@@ -591,7 +584,7 @@ def test_detail_28_ptx_adds_the_gradient_of_pretraining_text(world: World, watch
     assert model.tokenizer is not None
     data = loop._text(_silent(ptx), dataclasses.replace(ptx.config), model)
     assert data is not None
-    bins, cursor = data.take(loop.Cursor(), 2)
+    bins, _ = data.take(loop.Cursor(), 2)
     batch = pack([piece for pieces in bins for piece in pieces])
     model.zero_grad()
     loss = -(model.score(batch).logprobs * batch.completion_mask).sum() / batch.completion_mask.sum()
@@ -613,12 +606,6 @@ def _silent(course: Course) -> Any:
             pass
 
     return Silent()
-
-
-def newest(folder: Path) -> Path:
-    found = newest_complete(folder)
-    assert found is not None
-    return found
 
 
 def test_detail_29_what_an_answer_becomes_depends_on_its_prompt_alone(world: World, watch: Watch) -> None:
@@ -701,8 +688,13 @@ def plain_advantages(
 
 
 def plain_losses(
-    options: PpoConfig, sequences: list[list[int]], starts: list[int], columns: dict[str, list[Tensor]], part: list[int],
-    policy: Model, critic: Model,
+    options: PpoConfig,
+    sequences: list[list[int]],
+    starts: list[int],
+    columns: dict[str, list[Tensor]],
+    part: list[int],
+    policy: Model,
+    critic: Model,
 ) -> tuple[Tensor, Tensor]:
     """(policy, critic) of a mini-batch."""
     surrogate, squares, count = [], [], 0
@@ -771,7 +763,14 @@ def test_gradients_of_every_update_are_those_of_a_plain_version(world: World, wa
 def test_it_learns_what_is_rewarded(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a function of the text, with a critic that begins at 0; and tells so. Negative control: the first steps."""
     options = {"reward_model": None, "reward_funcs": [f"{HERE}:ascii_only"], "kl_coef": 0.01, "lr_scheduler_type": "constant"}
-    sizes = {"max_steps": 40, "eval_fraction": 0.4, "batch_size": 16, "learning_rate": 2e-2, "critic_learning_rate": 5e-3, "micro_batch_tokens": 8192}
+    sizes = {
+        "max_steps": 40,
+        "eval_fraction": 0.4,
+        "batch_size": 16,
+        "learning_rate": 2e-2,
+        "critic_learning_rate": 5e-3,
+        "micro_batch_tokens": 8192,
+    }
     figures = tmp_path / "figures.json"
     told = {"logging_steps": 1, "eval_steps": 40, "json": str(figures), "plot": True}
     result = run(world, tmp_path / "run", **options, **sizes, **told)
@@ -795,7 +794,13 @@ def test_it_learns_what_is_rewarded(world: World, tmp_path: Path, capsys: pytest
 
 # --- the same bits ------------------------------------------------------------------------------------------
 
-EVERYTHING: dict[str, Any] = {"ema_decay": 0.9, "adap_kl_ctrl": True, "target": 0.1, "horizon": 50.0, "select_by": "eval_reward"}
+EVERYTHING: dict[str, Any] = {
+    "ema_decay": 0.9,
+    "adap_kl_ctrl": True,
+    "target": 0.1,
+    "horizon": 50.0,
+    "select_by": "eval_reward",
+}
 
 
 def test_any_cut_and_any_number_of_threads_end_in_the_same_state(world: World, text: Path, tmp_path: Path) -> None:
@@ -809,15 +814,6 @@ def test_any_cut_and_any_number_of_threads_end_in_the_same_state(world: World, t
     assert len(found) == 1
     run(world, tmp_path / "other", **options, seed=1)
     assert state_of(tmp_path / "other") not in found
-
-
-def state_of(folder: Path) -> str:
-    """SHA-256 of the final state, but for the loss: of it only the gradient is the same for any cut (the sum is not)."""
-    content = [(newest(folder) / "tensors.safetensors").read_bytes(), (folder / "model" / "model.safetensors").read_bytes()]
-    state = json.loads((newest(folder) / "state.json").read_text())["state"]["loop"]
-    del state["loss"]
-    content.append(json.dumps(state).encode())
-    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 # --- P5 -----------------------------------------------------------------------------------------------------
@@ -879,9 +875,7 @@ def test_ctrl_c_lets_the_step_finish_and_a_resume_changes_no_bit(
     children: Forker, world: World, text: Path, whole: Whole, tmp_path: Path
 ) -> None:
     options = fields(world, tmp_path / "run", **JUDGED, **PTX, ptx_data=[str(text)])
-    status, output = children.run(
-        "children:command", loop="ppo", config=options, name="rollout", point=2, number=signal.SIGINT
-    )
+    status, output = children.run("children:command", loop="ppo", config=options, name="rollout", point=2, number=signal.SIGINT)
     assert status == 128 + signal.SIGINT
     assert "stopped by SIGINT after step 2, which is saved" in output
     status, output = children.run("children:train", loop="ppo", config={**options, "resume": "auto"})
@@ -936,7 +930,14 @@ def test_a_resume_from_other_models_is_refused(world: World, tmp_path: Path) -> 
 
 
 def test_the_model_whose_answers_score_best_is_saved(world: World, tmp_path: Path) -> None:
-    options = {"eval_steps": 1, "learning_rate": 5e-2, "max_steps": 8, "lr_scheduler_type": "constant", "kl_coef": 1.0, "seed": 1}
+    options = {
+        "eval_steps": 1,
+        "learning_rate": 5e-2,
+        "max_steps": 8,
+        "lr_scheduler_type": "constant",
+        "kl_coef": 1.0,
+        "seed": 1,
+    }
     best = run(world, tmp_path / "best", **options, select_by="eval_reward")
     measured = [line for line in read_metrics(tmp_path / "best" / "metrics.jsonl") if "eval_reward" in line]
     highest = max(measured, key=lambda line: line["eval_reward"])
@@ -968,7 +969,7 @@ def not_finite(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 STAGES = {
-    "token_logprobs": r"step 1: the reference's log-prob of answer 0 is nan; the update was not applied\. There is no checkpoint",
+    "token_logprobs": r"step 1: the reference's log-prob of answer 0 is nan; the update was not applied\. There is no",
     "token_values": "step 1: the critic's value of answer 0 is nan; the update was not applied",
     "gae": "step 1: the advantage of answer 0 is (inf|nan); the update was not applied",
     "ppo_policy": "step 1: the loss is nan; the update was not applied",
@@ -1004,11 +1005,17 @@ def test_a_gradient_of_the_critic_that_is_no_number_changes_neither_model(
 
 def test_a_reward_that_is_no_number_stops_the_run(world: World, tmp_path: Path) -> None:
     judge = broken(tmp_path / "broken", world.judge)
-    with watching(loop) as watched, pytest.raises(NonFiniteError, match="step 1: the reward of answer 0 is nan; the update was"):
+    with (
+        watching(loop) as watched,
+        pytest.raises(NonFiniteError, match="step 1: the reward of answer 0 is nan; the update was"),
+    ):
         run(world, tmp_path / "run", reward_model=judge)
     assert not watched.updates
     options = {"reward_model": None, "reward_funcs": [f"{HERE}:not_a_number"]}
-    with watching(loop) as watched, pytest.raises(RewardFunctionError, match="reward function not_a_number gave nan for sample"):
+    with (
+        watching(loop) as watched,
+        pytest.raises(RewardFunctionError, match="reward function not_a_number gave nan for sample"),
+    ):
         run(world, tmp_path / "functions", **options)
     assert not watched.updates and (tmp_path / "functions" / "failures.jsonl").exists()
 
@@ -1061,17 +1068,21 @@ def test_messages_reach_functions_as_messages(world: World, tmp_path: Path) -> N
 
 def test_what_does_not_fit_is_named(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(ValueError, match="nothing to learn from; pass prompts, as in `tutelage ppo --data prompts.jsonl`"):
+    with pytest.raises(ValueError, match="nothing to learn from; pass prompts, as in `tutelage ppo --data"):
         ppo(PpoConfig(output_dir=str(folder)))
     with pytest.raises(ValueError, match="nothing would judge the answers: give a reward_model, reward_funcs, or both"):
         run(world, folder, reward_model=None)
     with pytest.raises(ValueError, match="max_completion_length is 96, which leaves no room for a prompt in 96 tokens: lower"):
         run(world, folder, max_completion_length=96)
-    with pytest.raises(ValueError, match=r"line \d+: the prompt and its answer may have \d+ tokens, more than micro_batch_tokens"):
+    with pytest.raises(
+        ValueError, match=r"line \d+: the prompt and its answer may have \d+ tokens, more than micro_batch_tokens"
+    ):
         run(world, folder, micro_batch_tokens=11)
-    with pytest.raises(ValueError, match="the prompt has .* tokens"):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, more than max_length = 96 less 90 for an answer"):
         run(world, folder, max_completion_length=90)
-    assert run(world, tmp_path / "drop", max_completion_length=90, micro_batch_tokens=96, max_steps=1, on_long="drop").steps == 1
+    assert (
+        run(world, tmp_path / "drop", max_completion_length=90, micro_batch_tokens=96, max_steps=1, on_long="drop").steps == 1
+    )
     with pytest.raises(ValueError, match="holds a language model, and rewards need a reward model"):
         run(world, folder, reward_model=str(world.policy))
     with pytest.raises(ValueError, match="holds a reward model, and a reference must be a language model"):
@@ -1083,7 +1094,7 @@ def test_what_does_not_fit_is_named(world: World, tmp_path: Path) -> None:
     short = Model(dataclasses.replace(Model.from_pretrained(world.judge).config, max_position_embeddings=48), head="scalar")
     short.tokenizer = Model.from_pretrained(world.judge).tokenizer
     short.save_pretrained(tmp_path / "short")
-    with pytest.raises(ValueError, match="the reward model .* reads at most 48 tokens, but max_length is 96: lower it"):
+    with pytest.raises(ValueError, match=r"the reward model .* reads at most 48 tokens, but max_length is 96: lower it"):
         run(world, folder, reward_model=str(tmp_path / "short"))
     with pytest.raises(RewardFunctionError, match="has no 'missing'"):
         run(world, folder, reward_funcs=[f"{HERE}:missing"])

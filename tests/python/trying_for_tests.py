@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from runs_for_tests import save_model, write_rows
 from tutelage import AdamW, Model, Rollouts
+from tutelage.files import newest_complete
 from tutelage.train import experience
 from tutelage.train.experience import Episodes
 
@@ -154,3 +157,18 @@ def sequences_of(answers: Episodes) -> list[list[int]]:
     """Prompt and answer of each episode."""
     rows = zip(answers.rollouts.prompts, answers.rollouts.tokens, strict=True)
     return [[*prompt.tolist(), *answer.tolist()] for prompt, answer in rows]
+
+
+def newest(folder: Path) -> Path:
+    found = newest_complete(folder)
+    assert found is not None
+    return found
+
+
+def state_of(folder: Path) -> str:
+    """SHA-256 of the final state, but for the loss: of it only the gradient is the same for any cut (the sum is not)."""
+    content = [(newest(folder) / "tensors.safetensors").read_bytes(), (folder / "model" / "model.safetensors").read_bytes()]
+    state = json.loads((newest(folder) / "state.json").read_text())["state"]["loop"]
+    del state["loss"]
+    content.append(json.dumps(state).encode())
+    return hashlib.sha256(b"".join(content)).hexdigest()

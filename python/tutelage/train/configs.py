@@ -402,7 +402,7 @@ class TryingConfig(TuningConfig):
     Either way output_dir/failures.jsonl tells which answer it was."""
     ref_model: str | None = None
     """Folder of the reference model, which it costs something to leave. None: the model that training starts from."""
-    on_long: Literal["error", "drop"] = "error"  # type: ignore[assignment]
+    on_long: Literal["error", "drop"] = "error"
     """What to do with a prompt that leaves no room for an answer."""
     max_length: int = 0
     """Longest prompt and answer together, in tokens. 0: as long as the model can read."""
@@ -447,13 +447,15 @@ class TryingConfig(TuningConfig):
                 raise ValueError(f"{name} must be positive and finite, but it is {getattr(self, name)}")
         if (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0) and not self.allow_truncated_sampling:
             raise ValueError(
-                "top_k, top_p and min_p cut the distribution that answers are drawn from, but what learns is the whole one: the "
-                "ratio of the two would be wrong for every token. Leave them out, or say --allow_truncated_sampling"
+                "top_k, top_p and min_p cut the distribution that answers are drawn from, but what learns is the whole one: "
+                "the ratio of the two would be wrong for every token. Leave them out, or say --allow_truncated_sampling"
             )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"there are {len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs")
         if self.missing_eos_penalty and self.missing_eos_score is not None:
-            raise ValueError("missing_eos_score takes the place of a score, so there is nothing to take missing_eos_penalty off")
+            raise ValueError(
+                "missing_eos_score takes the place of a score, so there is nothing to take missing_eos_penalty off"
+            )
         for name in ("missing_eos_penalty", "missing_eos_score"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise ValueError(f"{name} must be finite, but it is {getattr(self, name)}")
@@ -497,7 +499,8 @@ class PpoConfig(TryingConfig):
     cliprange_value: float = 0.2
     """The same for the critic's values, in units of the reward."""
     vf_coef: float = 0.1
-    """Weight of the critic's loss. It has an optimizer of its own, so this counts against max_grad_norm and adam_epsilon only."""
+    """Weight of the critic's loss. It has an optimizer of its own, so this counts against max_grad_norm and adam_epsilon
+    only."""
     critic_learning_rate: float = 0.0
     """The critic's highest learning rate. 0: as learning_rate."""
     critic_warmup_steps: int = 0

@@ -64,7 +64,7 @@ def load(run: Run, config: TryingConfig, model: Model, tokenizer: Tokenizer) -> 
     longest, answer = longest_sequence(config, model), config.max_completion_length
     if answer >= longest:
         raise ValueError(f"max_completion_length is {answer}, which leaves no room for a prompt in {longest} tokens: lower it")
-    loaded = load_prompts(config.data, tokenizer, longest - answer, config.on_bad_row, config.on_long)
+    loaded = load_prompts(config.data, tokenizer, longest, config.on_bad_row, config.on_long, answer)
     run.say(str(loaded.report))
     for prompt in loaded.examples:
         needed = len(prompt.tokens) + answer
@@ -247,7 +247,8 @@ def check_finite(run: Run, what: str, found: Tensor, batch: PackedBatch | None =
         return
     answer = wrong[0] if batch is None else int(torch.searchsorted(batch.cu_seqlens, wrong[0], right=True)) - 1
     raise NonFiniteError(
-        f"step {run.step}: the {what} of answer {answer} is {found[wrong[0]].item()}; the update was not applied. {run.advice()}"
+        f"step {run.step}: the {what} of answer {answer} is {found[wrong[0]].item()}; "
+        f"the update was not applied. {run.advice()}"
     )
 
 
@@ -302,9 +303,7 @@ class Moves:
     clipped: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
 
-    def note(
-        self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, entropy: Tensor
-    ) -> None:
+    def note(self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, entropy: Tensor) -> None:
         """As `ppo_policy` is given them. entropy: of the tokens of the answers."""
         with torch.no_grad():
             moved = logprobs - old
@@ -339,9 +338,7 @@ def average(x: Tensor) -> float:
     return kernels.total(x.double()).item() / x.numel()
 
 
-def measure(
-    run: Run, config: TryingConfig, model: Model, judge: Judge, held_out: ExampleSet[Prompt]
-) -> dict[str, float]:
+def measure(run: Run, config: TryingConfig, model: Model, judge: Judge, held_out: ExampleSet[Prompt]) -> dict[str, float]:
     """What the model's answers to the held-out prompts score, always of the same draws; empty where none has a score."""
     with run.timed("evaluate"):
         episodes = gather(run, config, model, judge, held_out.examples, "evaluate")

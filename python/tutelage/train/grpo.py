@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,9 +75,7 @@ def _learn(
     tokenizer, most = model.tokenizer, config.micro_batch_tokens
     assert tokenizer is not None
     data, reference = Batches(prompts, config.seed), _reference(config, model)
-    optimizer = AdamW(
-        model, 0.0, eps=config.adam_epsilon, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm
-    )
+    optimizer = AdamW(model, 0.0, eps=config.adam_epsilon, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     last = steps_of(config, len(data))
     run.say(
         f"model: {model.params.numel():,} parameters; {len(data)} prompts, {len(held_out)} held out; {last} steps of "
@@ -163,7 +160,9 @@ def _learn(
 def _reference(config: GrpoConfig, model: Model) -> Model | None:
     if not config.beta:
         return None
-    return model.clone() if config.ref_model is None else load_reference(config.ref_model, model, longest_sequence(config, model))
+    return (
+        model.clone() if config.ref_model is None else load_reference(config.ref_model, model, longest_sequence(config, model))
+    )
 
 
 def _comparable(answers: Episodes | None) -> Episodes | None:
@@ -219,9 +218,7 @@ def _spread(batch: PackedBatch, x: Tensor) -> Tensor:
     return torch.repeat_interleave(x.float(), torch.tensor(batch.lengths))
 
 
-def _share(
-    config: GrpoConfig, model: Model, mini: Tokens, moves: Moves
-) -> Callable[[PackedBatch, int, range], Tensor]:
+def _share(config: GrpoConfig, model: Model, mini: Tokens, moves: Moves) -> Callable[[PackedBatch, int, range], Tensor]:
     """A micro-batch's share of the loss of a mini-batch."""
     answers = len(mini.batch)
 
@@ -244,9 +241,7 @@ def _share(
     return share
 
 
-def _whole_answers(
-    part: PackedBatch, logprobs: Tensor, own: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _whole_answers(part: PackedBatch, logprobs: Tensor, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs, old ones, advantages, mask), an entry for each answer."""
     assert part.logprobs is not None
     advantages = part.last(own["advantages"])

@@ -222,7 +222,7 @@ def _text(run: Run, config: PpoConfig, model: Model) -> PackedEpochs | None:
     assert model.tokenizer is not None
     documents = read_text(config.ptx_data, False, 0.0, config.on_bad_row)
     corpus = Corpus.build(documents, model.tokenizer, run.folder / "corpus")
-    run.say(f"pretraining text: {sum(source.tokens for source in corpus.sources):,} tokens")
+    run.say(f"pretraining text: {sum(source.tokens or 0 for source in corpus.sources):,} tokens")
     return PackedEpochs(corpus, length, config.seed)
 
 
