@@ -354,33 +354,42 @@ def test_failures_are_appended_durably(tmp_path: Path) -> None:
 # ---- nobody is left behind
 
 TRAINER = """
-import sys
+import os, sys, time
 from pathlib import Path
 from tutelage import rewards
 {change}
 with rewards.RewardFunctions(["hostile_rewards:becomes_a_daemon", "hostile_rewards:fine"], Path(sys.argv[1])) as functions:
     print("started", flush=True)
+    {then}
     functions(["p"], ["bad"])
 """
 
 
-def killed(folder: Path, marker: str, change: str = "") -> None:
+def killed(folder: Path, marker: str, change: str = "", then: str = "", processes: int = 6) -> None:
     """A trainer killed by kill -9 while a function of its hangs and has a daemon."""
     path = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", TRAINER.format(change=change), str(folder)]
+    command = [sys.executable, "-c", TRAINER.format(change=change, then=then), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"started\n"
         deadline = time.monotonic() + 20
-        while len(alive(marker)) < 6 and time.monotonic() < deadline:  # itself, two keepers, two workers, the daemon
+        while len(alive(marker)) < processes and time.monotonic() < deadline:  # itself, two keepers, two workers, the daemon
             time.sleep(0.01)
-        assert len(alive(marker)) == 6
+        assert len(alive(marker)) == processes
         trainer.kill()
 
 
 def test_kill_9_of_the_trainer_leaves_nobody(tmp_path: Path, marker: str) -> None:
     killed(tmp_path, marker)
     assert gone(marker)
+
+
+def test_a_child_of_the_trainers_that_holds_its_pipes_keeps_nobody_alive(tmp_path: Path, marker: str) -> None:
+    killed(tmp_path, marker, then="if os.fork() == 0: time.sleep(1000)", processes=7)
+    deadline = time.monotonic() + 5
+    while len(alive(marker)) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(alive(marker)) == 1
 
 
 KEEPER = (
@@ -440,6 +449,7 @@ def test_the_workers_live_as_long_as_the_with(tmp_path: Path, marker: str) -> No
     assert not alive(marker)
     with functions:
         assert len(alive(marker)) == 2
+        assert os.getsid(0) not in map(os.getsid, alive(marker))  # Ctrl-C in the terminal does not reach them
     assert not alive(marker)
     with pytest.raises(RuntimeError, match="must be called inside its with block"):
         functions(PROMPTS, COMPLETIONS)
