@@ -21,8 +21,8 @@ using real = float;
 // after math.inc, whose integers it uses
 #include "kernels/cache_ahead.inc"
 
-[[maybe_unused]] auto* const kTransposes[] = {reinterpret_cast<void (*)()>(transpose_panel),  // the lanes bring them along
-                                              reinterpret_cast<void (*)()>(transpose_tile)};
+[[maybe_unused]] void (*const kTransposes[])() = {reinterpret_cast<void (*)()>(transpose_panel),  // the lanes bring them along
+                                                  reinterpret_cast<void (*)()>(transpose_tile)};
 
 struct Cache {
   int64_t kv_heads, d, window;
