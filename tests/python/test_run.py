@@ -23,6 +23,7 @@ from tutelage import AdamW, Model, ModelConfig, PackedBatch, pack
 from tutelage.files import newest_complete
 from tutelage.objectives import cross_entropy
 from tutelage.train import picture
+from tutelage.train import run as running
 from tutelage.train.configs import RunConfig
 from tutelage.train.run import Interrupted, NonFiniteError, Run, open_run, schedule
 
@@ -329,6 +330,28 @@ def test_groups_are_never_cut_apart(tmp_path: Path) -> None:
         run.accumulate(loop.model, loop.batch, 8, objective, [1, 2])
         run.accumulate(loop.model, loop.batch, 8, objective)
     assert seen == [range(1), range(1, 3), range(2), range(2, 3)]
+
+
+@pytest.mark.parametrize("groups", [None, [2, 1]])
+def test_fewer_tokens_at_a_time_where_their_logits_would_not_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: list[int] | None
+) -> None:
+    """But never less than the longest group, nor than a product is worth; the gradient's bits are those of the whole."""
+    cuts, gradients = {}, {}
+    for name, budget, fewest in (("kept", 12 * 4 * 32, 1), ("cut", 7 * 4 * 32, 1), ("none", 0, 1), ("floor", 0, 12)):
+        monkeypatch.setattr(running, "_FEWEST_TOKENS", fewest)
+        loop, seen = Loop(model=Model(CONFIG, logits_budget=budget)), []
+
+        def objective(part: PackedBatch, *told: Any, loop: Loop = loop, seen: list[int] = seen) -> torch.Tensor:
+            seen.append(part.tokens.numel())
+            return loop.objective(part, *told)
+
+        with open_run(RunConfig(output_dir=str(tmp_path / name))) as run:
+            run.accumulate(loop.model, loop.batch, 12, objective, groups)
+        cuts[name], gradients[name] = seen, loop.model.grads.clone()
+    apart = [7, 5]
+    assert cuts == {"kept": [12], "cut": apart, "none": apart if groups else [4, 3, 5], "floor": [12]}
+    assert all(torch.equal(found, gradients["kept"]) for found in gradients.values())
 
 
 # --- signals ------------------------------------------------------------------------------------------------

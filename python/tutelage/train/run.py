@@ -7,6 +7,7 @@ same bits as one that was not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,9 @@ from tutelage.optimizer import AdamW, NonFiniteGradientError
 from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
 
 CONFIG, METRICS, TIMES = "config.yaml", "metrics.jsonl", "times.jsonl"
+
+_FEWEST_TOKENS = 256
+"""Of a micro-batch that is cut so that its logits are kept: the products of fewer rows lose more than that gains."""
 
 _LOOP = "loop."
 """Begins the names of a loop's own tensors in a checkpoint."""
@@ -272,13 +276,14 @@ class Run:
     ) -> float:
         """Forward and backward over a step's batch, at most `max_tokens` tokens at a time; returns the loss.
 
+        Fewer where the model would not keep the logits of so many and had to compute them again.
         groups: the sequences that the objective needs together, see `PackedBatch.split`.
 
         The gradients are the same bits for any max_tokens (P4). Raises NonFiniteError, and as `PackedBatch.split`.
         """
         denominator = int(batch.completion_mask.sum())
         loss, first = 0.0, 0
-        for part in batch.split(max_tokens, groups):
+        for part in batch.split(min(max_tokens, _kept_at_once(model, batch, groups)), groups):
             share = objective(part, denominator, range(first, first + len(part)))
             if not math.isfinite(share.item()):
                 raise NonFiniteError(
@@ -476,6 +481,15 @@ def _signals(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _kept_at_once(model: Model, batch: PackedBatch, groups: Sequence[int] | None) -> int:
+    """How many tokens have their logits kept between forward and backward, or what the longest group of the batch has."""
+    if model.head == "scalar":
+        return batch.tokens.numel()
+    lengths = iter(batch.lengths)
+    longest = max(sum(itertools.islice(lengths, size)) for size in groups or [1] * len(batch))
+    return max(_FEWEST_TOKENS, longest, model.logits_budget // (4 * model.config.vocab_size))
 
 
 def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
