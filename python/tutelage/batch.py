@@ -71,6 +71,21 @@ class PackedBatch:
         before = torch.cat([ends.new_zeros(1), ends])[self.cu_seqlens.long()]
         return [int(n) for n in (before[1:] - before[:-1]).tolist()]
 
+    def places(self, sequences: Sequence[int]) -> Tensor:
+        """int64: where the tokens of these sequences are, one sequence after the other."""
+        starts = self.cu_seqlens.tolist()
+        return torch.cat([torch.arange(starts[s], starts[s + 1]) for s in sequences])
+
+    def select(self, sequences: Sequence[int]) -> PackedBatch:
+        """A batch of these sequences, in their order."""
+        places, lengths = self.places(sequences), self.lengths
+        return PackedBatch(
+            self.tokens[places],
+            torch.tensor([0, *itertools.accumulate(lengths[s] for s in sequences)], dtype=torch.int32),
+            self.completion_mask[places],
+            None if self.logprobs is None else self.logprobs[places],
+        )
+
     def split(self, max_tokens: int, groups: Sequence[int] | None = None) -> list[PackedBatch]:
         """Consecutive batches of at most ``max_tokens`` tokens, in order.
 

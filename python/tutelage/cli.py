@@ -62,6 +62,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:OrpoConfig",
         "tutelage.train.dpo:orpo",
     ),
+    "ppo": Command(
+        "Learn from what a reward model or a function says of the model's own answers (PPO, PPO-ptx).",
+        "tutelage.train.configs:PpoConfig",
+        "tutelage.train.ppo:ppo",
+    ),
     "generate": Command(
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",

@@ -455,6 +455,21 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2"
     raise ValueError(f"kind must be k1, k2 or k3, but it is {kind!r}")
 
 
+def adaptive_kl_coef(coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+    """The next weight of the KL penalty (Ziegler et al. 2019, arXiv 1909.08593, § 2.2).
+
+    coef · (1 + e · episodes / horizon), e = clip(kl / target − 1, −0.2, 0.2).
+
+    Args:
+        kl: what was measured, the mean over the episodes of the KL of a whole completion, in nats.
+        target: > 0, what it should be.
+        horizon: > 0, over how many episodes the weight adapts.
+        episodes: of the optimizer step.
+    """
+    _check_positive(target=target, horizon=horizon)
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * episodes / horizon)
+
+
 # ---- advantages: data, without gradients, computed once for a whole optimizer step
 
 

@@ -50,6 +50,17 @@ class AdamW:
         self.exp_avg = torch.zeros_like(model.params)
         self.exp_avg_sq = torch.zeros_like(model.params)
 
+    def grad_norm(self) -> float:
+        """The gradient's global L2 norm, before clipping.
+
+        Raises:
+            NonFiniteGradientError: naming the first parameter whose gradient is not finite.
+        """
+        norm = math.sqrt(self.model._engine.sum_of_squares(self.model._settled_grads(), torch.get_num_threads()))
+        if not math.isfinite(norm):
+            raise NonFiniteGradientError(f"the gradient's norm is {norm}: {self._culprit()}; the update was not applied")
+        return norm
+
     def step(self) -> float:
         """One update. Returns the gradient's global L2 norm, before clipping.
 
@@ -59,16 +70,12 @@ class AdamW:
         """
         if not 0 <= self.lr < math.inf:
             raise ValueError(f"lr must not be negative, infinite or NaN, but it is {self.lr}; the update was not applied")
-        model, threads = self.model, torch.get_num_threads()
-        grads = model._settled_grads()
-        norm = math.sqrt(model._engine.sum_of_squares(grads, threads))
-        if not math.isfinite(norm):
-            raise NonFiniteGradientError(f"the gradient's norm is {norm}: {self._culprit()}; the update was not applied")
+        norm, model = self.grad_norm(), self.model
         scale = 1.0 if self.max_grad_norm is None or norm <= self.max_grad_norm else self.max_grad_norm / norm
         self.steps += 1
         model._engine.adamw(
             model.params,
-            grads,
+            model._settled_grads(),
             self.exp_avg,
             self.exp_avg_sq,
             self.lr,
@@ -77,7 +84,7 @@ class AdamW:
             self.weight_decay,
             self.steps,
             scale,
-            threads,
+            torch.get_num_threads(),
         )
         torch.autograd.graph.increment_version(model.params)
         return norm

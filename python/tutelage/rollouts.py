@@ -59,6 +59,14 @@ class Rollouts:
         """Tokens of each completion."""
         return [row.numel() for row in self.tokens]
 
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """These rows only."""
+        return Rollouts(
+            *([column[row] for row in rows] for column in (self.prompts, self.tokens, self.logprobs, self.support_logprobs)),
+            [self.finish_reasons[row] for row in rows],
+            None if self.texts is None else [self.texts[row] for row in rows],
+        )
+
     def pack(self) -> PackedBatch:
         """The batch that training takes: prompt + completion of every row, a mask over the completions, and the rollout's own
         log-probs (0 outside the mask).

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 
-def load_function(spec: str, option: str, parameters: Sequence[str]) -> Callable[..., Any]:
-    """The function that `spec` names, ready to be called with the given positional parameters.
+def load_function(spec: str, option: str, parameters: Sequence[str], keywords: Sequence[str] = ()) -> Callable[..., Any]:
+    """The function that `spec` names, ready to be called with the given arguments.
 
     What its module raises while it is imported comes through unchanged, with the user's own traceback.
 
@@ -22,6 +22,7 @@ def load_function(spec: str, option: str, parameters: Sequence[str]) -> Callable
         spec: "module:name" for what Python can import, "path/to/file.py:name" for a file.
         option: the option that it was given to, for the messages.
         parameters: names of the positional arguments that it will be called with.
+        keywords: of those that are passed by name.
 
     Raises:
         ValueError: a spec of another form, a module, file or name that does not exist, a name that is no function or
@@ -46,9 +47,10 @@ def load_function(spec: str, option: str, parameters: Sequence[str]) -> Callable
     except ValueError:  # compiled, and it does not say: its first call will
         return function  # type: ignore[no-any-return]
     try:
-        signature.bind(*parameters)
+        signature.bind(*parameters, **dict.fromkeys(keywords))
     except TypeError as error:
-        raise ValueError(f"{option}: {spec} cannot be called as {name}({', '.join(parameters)}): {error}") from error
+        arguments = ", ".join([*parameters, *(f"{keyword}=…" for keyword in keywords)])
+        raise ValueError(f"{option}: {spec} cannot be called as {name}({arguments}): {error}") from error
     return function  # type: ignore[no-any-return]
 
 

@@ -73,9 +73,9 @@ class TrainingConfig(RunConfig):
     """Steps of the optimizer."""
     learning_rate: float = 0.0
     """Highest learning rate, reached after the warm-up."""
-    lr_scheduler_type: Literal["cosine", "wsd"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """cosine: half a wave down. wsd: warm up, stay, then decay along a line over the last decay_ratio of the
-    steps."""
+    steps. linear: along a line, to min_lr_ratio behind the last step. constant: stay."""
     warmup_ratio: float = 0.0
     """Share of the steps in which the learning rate rises from 0."""
     decay_ratio: float = 0.3
@@ -376,6 +376,172 @@ class OrpoConfig(PreferenceConfig):
     learning_rate: float = 5e-4
     """Highest learning rate. The default is for models of a few million parameters; a model of a hundred
     million needs about a tenth."""
+
+
+@dataclass(frozen=True)
+class TryingConfig(TuningConfig):
+    """What the loops can be told besides that learn from what is said of the model's own answers."""
+
+    model: str = "runs/sft/model"
+    """Folder of the model to start from and its tokenizer, as `tutelage sft` writes it or from Hugging Face."""
+    data: tuple[str, ...] = ()
+    """Prompts: .jsonl, .json or .parquet files with a field "prompt", or folders of them. Reward functions get the other
+    fields."""
+    reward_model: str | None = None
+    """Folder of a reward model with the same tokenizer, as `tutelage reward` writes it: its value at an answer's last token
+    is the answer's score."""
+    reward_funcs: tuple[str, ...] = ()
+    """Functions that score answers, "module:name" or "file.py:name": f(prompts, completions, **columns) -> list of numbers,
+    None for an answer that is to be left out. Alone or beside a reward model; all scores are added up."""
+    reward_weights: tuple[float, ...] = ()
+    """A factor for each reward function. None: 1 each. The reward model's is 1."""
+    reward_timeout: float = 30.0
+    """Seconds that a reward function has for the answers of a step."""
+    reward_failure: Literal["fail", "zero", "drop"] = "fail"
+    """When a reward function raises, hangs or gives no number: fail: stop. zero: its score is 0. drop: leave the answer out.
+    Either way output_dir/failures.jsonl tells which answer it was."""
+    ref_model: str | None = None
+    """Folder of the reference model, which it costs something to leave. None: the model that training starts from."""
+    on_long: Literal["error", "drop"] = "error"  # type: ignore[assignment]
+    """What to do with a prompt that leaves no room for an answer."""
+    max_length: int = 0
+    """Longest prompt and answer together, in tokens. 0: as long as the model can read."""
+    max_completion_length: int = 128
+    """Longest answer, in tokens; a longer one is cut off, and has no end."""
+    temperature: float = 1.0
+    """Logits are divided by it, in every log-prob: of the answers, of what is learned from them, of the reference."""
+    top_k: int = 0
+    """Draw among the so many likeliest tokens. 0: all. See allow_truncated_sampling."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together have this probability. See allow_truncated_sampling."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest. See allow_truncated_sampling."""
+    allow_truncated_sampling: bool = False
+    """Allow top_k, top_p and min_p: the answers then come from another distribution than the one that learns."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the score of an answer that was cut off before its end."""
+    missing_eos_score: float | None = None
+    """The score of an answer that was cut off before its end, whatever it says (OpenAI's -1). None: its own."""
+    num_mini_batches: int = 1
+    """Updates that the answers of a step are shared out to, each time anew."""
+    learning_rate: float = 1e-4
+    """Highest learning rate. The default is for models of a few million parameters; a model of a hundred million needs about
+    a tenth."""
+    lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] = "linear"
+    """linear: along a line, to min_lr_ratio behind the last step. constant: stay. cosine: half a wave down. wsd: stay, then
+    decay along a line over the last decay_ratio of the steps."""
+    min_lr_ratio: float = 0.0
+    """The last learning rate, as a share of the highest."""
+    adam_epsilon: float = 1e-5
+    """Of AdamW."""
+    select_by: Literal["last", "eval_reward"] = "last"  # type: ignore[assignment]
+    """Which model is saved in output_dir/model: that of the last step, or that whose answers to the held-out prompts have the
+    best score."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_completion_length", "num_mini_batches"):
+            at_least(self, name, 1)
+        for name in ("temperature", "adam_epsilon", "reward_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, but it is {getattr(self, name)}")
+        if (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0) and not self.allow_truncated_sampling:
+            raise ValueError(
+                "top_k, top_p and min_p cut the distribution that answers are drawn from, but what learns is the whole one: the "
+                "ratio of the two would be wrong for every token. Leave them out, or say --allow_truncated_sampling"
+            )
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(f"there are {len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs")
+        if self.missing_eos_penalty and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_score takes the place of a score, so there is nothing to take missing_eos_penalty off")
+        for name in ("missing_eos_penalty", "missing_eos_score"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"{name} must be finite, but it is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PpoConfig(TryingConfig):
+    """Proximal policy optimisation: learn from what a reward model, or a function, says of the model's own answers.
+
+    A step: answers to batch_size prompts; their scores; what each token has contributed to them, as a critic judges; and a
+    small change of the model that makes the better tokens likelier. InstructGPT's last stage, with --ptx_coef its PPO-ptx.
+    Start from a model that was taught by `tutelage sft`.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same bits.
+    """
+
+    output_dir: str = "runs/ppo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face folder)."""
+    batch_size: int = 64
+    """Answers of a step, one a prompt."""
+    total_episodes: int = 0
+    """Answers of the whole run, rounded up to whole steps. 0: as max_steps or num_train_epochs has it."""
+    num_ppo_epochs: int = 1
+    """How often a step's answers are learned from."""
+    kl_coef: float = 0.05
+    """How dear it is to leave the reference: so much is taken off the reward for every nat of KL. InstructGPT had 0.02."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """How the KL of a token is estimated: k1: the difference of the log-probs, right on average. k3: never negative."""
+    adap_kl_ctrl: bool = False
+    """Let kl_coef grow while an answer's KL is above target, and fall while it is below."""
+    target: float = 6.0
+    """With adap_kl_ctrl: the KL of an answer, in nats."""
+    horizon: float = 10000.0
+    """With adap_kl_ctrl: over so many answers kl_coef adapts."""
+    gamma: float = 1.0
+    """What a reward one token later is worth."""
+    lam: float = 0.95
+    """Of the advantages: 1: from the rewards alone. 0: from the critic alone, but for the next reward."""
+    cliprange: float = 0.2
+    """A token that has become likelier or less likely by this share since the answer was drawn is pushed no further."""
+    cliprange_value: float = 0.2
+    """The same for the critic's values, in units of the reward."""
+    vf_coef: float = 0.1
+    """Weight of the critic's loss. It has an optimizer of its own, so this counts against max_grad_norm and adam_epsilon only."""
+    critic_learning_rate: float = 0.0
+    """The critic's highest learning rate. 0: as learning_rate."""
+    critic_warmup_steps: int = 0
+    """Steps at the beginning in which only the critic learns."""
+    whiten_advantages: bool = True
+    """Shift and scale a step's advantages to mean 0 and variance 1."""
+    whiten_rewards: bool = False
+    """Scale a step's rewards to variance 1; their mean stays."""
+    target_kl: float = 0.0
+    """End a step before an update where the policy has moved so far since the answers were drawn (approximate KL, mean per
+    token). 0: never."""
+    ema_decay: float = 0.0
+    """Save the average of the weights over the steps, of which each step makes so much less of what was before (InstructGPT:
+    0.992). 0: save the weights themselves."""
+    ptx_coef: float = 0.0
+    """PPO-ptx: weight of the loss on pretraining text, which keeps what was known (InstructGPT: 27.8). 0: none."""
+    ptx_data: tuple[str, ...] = ()
+    """The text: files or folders, as for `tutelage pretrain`. None: the home library."""
+    ptx_ratio: float = 1.0
+    """Sequences of text for each answer (InstructGPT: 8)."""
+    ptx_length: int = 0
+    """Longest sequence of text in tokens. 0: as max_length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("total_episodes", "kl_coef", "critic_learning_rate", "critic_warmup_steps", "target_kl", "ptx_coef"):
+            at_least(self, name, 0)
+        at_least(self, "num_ppo_epochs", 1)
+        for name in ("target", "horizon", "cliprange", "cliprange_value", "vf_coef", "ptx_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, but it is {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, but it is {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, but it is {self.ema_decay}")
+        if self.num_mini_batches > self.batch_size:
+            raise ValueError(f"num_mini_batches is {self.num_mini_batches}, but a step has only {self.batch_size} answers")
+        if self.total_episodes and self.max_steps:
+            raise ValueError("total_episodes and max_steps both say how long to train: give one of them")
+        if self.ptx_length and self.ptx_length < 2:
+            raise ValueError(f"ptx_length must be 0 or at least 2, but it is {self.ptx_length}")
+        if self.ptx_data and not self.ptx_coef:
+            raise ValueError("ptx_data is learned from with --ptx_coef only: give that too")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tutelage.model import Model
 from tutelage.objectives import load_objective
 from tutelage.optimizer import AdamW
 from tutelage.train.configs import DpoConfig, OrpoConfig
-from tutelage.train.reference import logps, reference_logps
+from tutelage.train.reference import load_reference, logps, reference_logps
 from tutelage.train.run import Run, ignore, learning_rate, open_run
 from tutelage.train.tuning import (
     Best,
@@ -36,6 +36,7 @@ from tutelage.train.tuning import (
     UserObjective,
     base_model,
     check_rows,
+    check_same,
     checked,
     columns_of,
     conclude,
@@ -129,11 +130,7 @@ def _learn(
         )
 
         state = run.start(model, optimizer, fingerprint, base)
-        if state.get("reference", reference.key) != reference.key:
-            raise ValueError(
-                f"cannot resume {run.folder}: the reference model is not what that run used; "
-                "bring it back, or start a new run in another --output_dir"
-            )
+        check_same(run, state, "reference", reference.key, "the reference model")
         cursor = Cursor(**state.get("cursor", {}))
         tokens, loss = state.get("tokens", 0), state.get("loss", math.nan)
         measured: dict[str, float] = dict(state.get("measured", {}))
@@ -289,7 +286,7 @@ class _Reference:
         self._pairs = dict(zip(rows, pairs, strict=True))
         self._logps: dict[Row, list[float]] = {}
         if isinstance(config, DpoConfig) and config.loss_type != "simpo":
-            reference = model if config.ref_model is None else _reference_model(config.ref_model, model, longest)
+            reference = model if config.ref_model is None else load_reference(config.ref_model, model, longest)
             batch = packed([sequence for pair in pairs for sequence in pair])
             self.key, found = reference_logps(run, reference, batch, self._max_tokens, disk)
             self._logps = dict(zip(rows, found.view(-1, 2).tolist(), strict=True))
@@ -305,23 +302,6 @@ class _Reference:
         others = logps(model, packed([other for _, other in pairs]), self._max_tokens)
         z0 = objectives.kto_z0(others, known[:, 1].contiguous())
         return _Compared(rows, packed([own for own, _ in pairs]), known[:, 0].contiguous(), z0)
-
-
-def _reference_model(folder: str, model: Model, longest: int) -> Model:
-    reference = Model.from_pretrained(folder)
-    if reference.head != "lm":
-        raise ValueError(f"{folder} holds a reward model, and a reference must be a language model")
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the reference {folder} has {reference.config.vocab_size} tokens, the model {model.config.vocab_size}: "
-            "both must have the same tokenizer"
-        )
-    if reference.config.max_position_embeddings < longest:
-        raise ValueError(
-            f"the reference {folder} reads at most {reference.config.max_position_embeddings} tokens, "
-            f"but max_length is {longest}: lower it"
-        )
-    return reference
 
 
 def _pairs(rows: Sequence[Row], first: int, longest: int) -> list[tuple[Example, Example]]:

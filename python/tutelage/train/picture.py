@@ -1,4 +1,4 @@
-"""The loss as a picture: a line of blocks in the terminal, and a PNG where matplotlib is installed."""
+"""The course of a run as a picture: a line of blocks in the terminal, and a PNG where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def show(metrics: Path, image: Path, measured: str, unit: str = "nats per token") -> str:
+def show(metrics: Path, image: Path, measured: str, unit: str = "nats per token", what: str = "loss") -> str:
     """The training loss of a metrics.jsonl as a line of text; draws `image` too where matplotlib is installed.
 
-    measured: what was measured on what is held out, with its unit. unit: of the training loss.
+    measured: what was measured on what is held out, with its unit. unit: of the training loss. what: another figure of
+    the training to draw in the loss's place.
     """
     records = read_metrics(metrics)
     if can_draw():
-        draw(records, image, measured, unit)
-    losses = [record["loss"] for record in records if "loss" in record]
-    return f"loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f}"
+        draw(records, image, measured, unit, what)
+    values = [record[what] for record in records if what in record]
+    name = what.rpartition("/")[2]
+    return f"{name} {values[0]:.2f} {sparkline(values)} {values[-1]:.2f}" if values else f"{name}: there is none"
 
 
 def can_draw() -> bool:
@@ -47,16 +49,19 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(records: Sequence[Mapping[str, float]], path: Path, measured: str, unit: str) -> None:
-    """Writes a PNG: training loss, and what was measured on what is held out (eval_…), over the steps."""
+def draw(
+    records: Sequence[Mapping[str, float]], path: Path, measured: str, unit: str, what: str = "loss"
+) -> None:
+    """Writes a PNG: training loss (or `what`), and what was measured on what is held out (eval_…), over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     left = figure.add_subplot()
-    training = [record for record in records if "loss" in record]
-    left.plot([r["step"] for r in training], [r["loss"] for r in training], color="0.6", label="training loss")
+    training = [record for record in records if what in record]
+    label = f"training {what.rpartition('/')[2]}"
+    left.plot([r["step"] for r in training], [r[what] for r in training], color="0.6", label=label)
     left.set_xlabel("step")
-    left.set_ylabel(f"training loss ({unit})")
+    left.set_ylabel(f"{label} ({unit})")
     right = left.twinx()
     names = sorted({name for record in records for name in record if name.startswith("eval_")})
     for name in names:

@@ -1,4 +1,4 @@
-"""Log-probs of a reference model: computed once, kept in the run's folder, so that the model itself can be freed."""
+"""The reference model, and its log-probs: computed once, kept in the run's folder, so that the model itself can be freed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,24 @@ from tutelage.train.tuning import content
 
 REFERENCE = "reference"
 _LOGPS = "logps"
+
+
+def load_reference(folder: str, model: Model, longest: int) -> Model:
+    """The reference in `folder` for `model`. Raises ValueError where it cannot read the model's `longest` sequences."""
+    reference = Model.from_pretrained(folder)
+    if reference.head != "lm":
+        raise ValueError(f"{folder} holds a reward model, and a reference must be a language model")
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the reference {folder} has {reference.config.vocab_size} tokens, the model {model.config.vocab_size}: "
+            "both must have the same tokenizer"
+        )
+    if reference.config.max_position_embeddings < longest:
+        raise ValueError(
+            f"the reference {folder} reads at most {reference.config.max_position_embeddings} tokens, "
+            f"but max_length is {longest}: lower it"
+        )
+    return reference
 
 
 def logps(model: Model, batch: PackedBatch, max_tokens: int, done: Callable[[int], None] | None = None) -> Tensor:

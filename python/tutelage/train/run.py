@@ -33,7 +33,7 @@ from tutelage.model import Model
 from tutelage.optimizer import AdamW, NonFiniteGradientError
 from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, TIMES = "config.yaml", "metrics.jsonl", "times.jsonl"
 
 _LOOP = "loop."
 """Begins the names of a loop's own tensors in a checkpoint."""
@@ -68,7 +68,7 @@ def open_run(config: RunConfig, disk: Disk = DISK, fault: Callable[[str], None] 
         config: with every default resolved.
         disk: for tests, which watch it or make it fail.
         fault: for tests, called with the name of each point of a step that is passed: "micro-batch",
-            "updated", "logged", "saved". It may kill the process there.
+            "updated", "logged", "saved", and what the loop adds. It may kill the process there.
 
     Raises:
         RunFolderError: the folder is in use, or holds what would be lost.
@@ -106,14 +106,19 @@ class Run:
         """That the steps of this process took, with the evaluations and saves between them."""
         self.tokens = 0
         """Of the steps of this process."""
+        self.parts: dict[str, float] = {}
+        """Seconds that went into each part of a step that a loop tells apart, see `timed`."""
         self._config = config
         self._checkpoint = checkpoint
         self._disk = disk
-        self._fault = fault
+        self.fault = fault
+        """To be called with the name of each point of a step that is passed."""
         self._first_step = self._last_step = self.step
         self._losses: list[float] = []  # of the steps since the last line of metrics
         self._fingerprint = self._base = ""
         self._started = 0.0
+        self._timing = False
+        self._others: Mapping[str, AdamW] = {}
         self._bar: Bar | None = None
         self._board = _tensorboard(folder, self.step) if config.report_to == "tensorboard" else None
 
@@ -133,21 +138,30 @@ class Run:
 
     # ---- the state
 
-    def start(self, model: Model, optimizer: AdamW, fingerprint: str, base: str = "") -> Mapping[str, Any]:
+    def start(
+        self,
+        model: Model,
+        optimizer: AdamW,
+        fingerprint: str,
+        base: str = "",
+        others: Mapping[str, AdamW] | None = None,
+    ) -> Mapping[str, Any]:
         """Puts model and optimizer into the checkpoint's state and returns the loop's own, as `end_step` got
         it; {} at a fresh start. Writes config.yaml, and cuts metrics.jsonl back to the checkpoint's step.
 
         fingerprint: of the data. base: of the model that training starts from, where it was not made here.
+        others: the optimizers of further models that learn, by name; saved and restored with them from now on.
 
         Raises ValueError naming what is not as it was when the run began.
         """
-        self._fingerprint, self._base = fingerprint, base
+        self._fingerprint, self._base, self._others = fingerprint, base, others or {}
         loop = {} if self._checkpoint is None else self._restore(self._checkpoint, model, optimizer)
         self._checkpoint = None  # its tensors are copied: give the memory back
         document = {"format_version": files.FORMAT_VERSION, **resolved(self._config)}
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         files.write_file_atomic(self.folder / CONFIG, text.encode(), self._disk)
-        files.rewind_json_lines(self.folder / METRICS, lambda line: line["step"] <= self.step, self._disk)
+        for name in (METRICS, TIMES):
+            files.rewind_json_lines(self.folder / name, lambda line: line["step"] <= self.step, self._disk)
         return loop
 
     def _restore(self, checkpoint: Checkpoint, model: Model, optimizer: AdamW) -> Mapping[str, Any]:
@@ -172,6 +186,15 @@ class Run:
         optimizer.load_state_dict({"steps": saved["optimizer_steps"], **tensors})
         with torch.no_grad():
             model.params.copy_(tensors["params"])
+            for name, other in self._others.items():
+                other.load_state_dict(
+                    {
+                        "steps": saved["other_steps"][name],
+                        "exp_avg": tensors[f"{name}.exp_avg"],
+                        "exp_avg_sq": tensors[f"{name}.exp_avg_sq"],
+                    }
+                )
+                other.model.params.copy_(tensors[f"{name}.params"])
         self._losses = list(saved["losses"])
         self.say(f"resuming after step {self.step}")
         own = {name.removeprefix(_LOOP): tensor.clone() for name, tensor in tensors.items() if name.startswith(_LOOP)}
@@ -186,6 +209,15 @@ class Run:
             files.sync_file(self.folder / METRICS, self._disk)
         own = optimizer.state_dict()
         tensors = {name: value for name, value in loop.items() if isinstance(value, torch.Tensor)}
+        others = {
+            f"{name}.{part}": tensor
+            for name, other in self._others.items()
+            for part, tensor in (
+                ("params", other.model.params),
+                ("exp_avg", other.exp_avg),
+                ("exp_avg_sq", other.exp_avg_sq),
+            )
+        }
         save_checkpoint(
             self.folder,
             self.step,
@@ -193,6 +225,7 @@ class Run:
                 "params": model.params,
                 "exp_avg": own["exp_avg"],
                 "exp_avg_sq": own["exp_avg_sq"],
+                **others,
                 **{_LOOP + name: tensor for name, tensor in tensors.items()},
             },
             {
@@ -202,11 +235,12 @@ class Run:
                 "losses": self._losses,
                 "loop": {name: value for name, value in loop.items() if name not in tensors},
                 **({"base": self._base} if self._base else {}),
+                **({"other_steps": {name: other.steps for name, other in self._others.items()}} if self._others else {}),
             },
             keep=self._config.save_total_limit,
             disk=self._disk,
         )
-        self._fault("saved")
+        self.fault("saved")
 
     # ---- one step after the other
 
@@ -249,51 +283,95 @@ class Run:
             if not math.isfinite(share.item()):
                 raise NonFiniteError(
                     f"step {self.step}: the loss is {share.item()}; the update was not applied. "
-                    f"{_culprit(model, part, first)}. {self._advice()}"
+                    f"{_culprit(model, part, first)}. {self.advice()}"
                 )
             share.backward()  # type: ignore[no-untyped-call]
             loss += share.item()
             first += len(part)
-            self._fault("micro-batch")
+            self.fault("micro-batch")
         return loss
 
-    def update(self, optimizer: AdamW) -> float:
-        """One step of the optimizer; returns the gradient's norm before clipping. Raises NonFiniteError."""
+    def update(self, optimizer: AdamW, *others: AdamW) -> float:
+        """One step of each optimizer, or of none where one has a gradient that is not finite.
+
+        Returns the norm of the first one's gradient, before clipping. Raises NonFiniteError.
+        """
         try:
+            for other in others:
+                other.grad_norm()
             norm = optimizer.step()
+            for other in others:
+                other.step()
         except NonFiniteGradientError as error:
-            raise NonFiniteError(f"step {self.step}: {error}. {self._advice()}") from error
-        self._fault("updated")
+            raise NonFiniteError(f"step {self.step}: {error}. {self.advice()}") from error
+        self.fault("updated")
         return norm
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """How to go on after a number that is not finite."""
         newest = files.newest_complete(self.folder)
         back = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet"
         return f"{back}; a lower learning_rate or max_grad_norm usually helps, in a new run"
 
-    def log(self, loss: float, tokens: int, **figures: float) -> None:
-        """Notes a step's loss and token count; every logging_steps a line of metrics: mean loss, figures."""
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Counts the seconds of a `with` as those of a part of the step; one within another is the outer one's."""
+        if self._timing:
+            yield
+            return
+        self._timing, begin = True, time.monotonic()
+        try:
+            yield
+        finally:
+            self._timing = False
+            self.parts[part] = self.parts.get(part, 0.0) + time.monotonic() - begin
+
+    def shares(self) -> dict[str, float]:
+        """Which share of the steps' time each part took, "other" the rest; empty where nothing was `timed`."""
+        if not self.parts:
+            return {}
+        total = max(self.seconds or time.monotonic() - self._started, 1e-9)
+        found = {part: seconds / total for part, seconds in self.parts.items()}
+        return {**found, "other": max(0.0, 1 - sum(found.values()))}
+
+    @property
+    def logs(self) -> bool:
+        """Whether this step writes a line of metrics."""
+        return self.step % self._config.logging_steps == 0 or self.step == self._last_step
+
+    def log(self, loss: float, tokens: int, told: str = "", **figures: float) -> None:
+        """Notes a step's loss and token count; every logging_steps a line of metrics: mean loss, figures.
+
+        told: what the reader sees in the place of the loss.
+        """
         self._losses.append(loss)
         self.tokens += tokens
         done, left = self.step - self._first_step, self._last_step - self.step
         speed = self.tokens / max(time.monotonic() - self._started, 1e-9)
         if self._bar is not None:
-            shown = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+            shown = f"{told or f'loss {loss:.3f}'}  {speed:,.0f} tokens/s"
             self._bar.update(self._bar.task_ids[0], completed=self.step, figures=shown)
-        if self.step % self._config.logging_steps and self.step != self._last_step:
+        if not self.logs:
             return
         mean = math.fsum(self._losses) / len(self._losses)
         self._losses = []
         self.write_metrics({"loss": mean, **figures})
+        shares = self.shares()
+        if shares:
+            record = {"step": self.step, "seconds": time.monotonic() - self._started, **shares}
+            files.append_json_line(self.folder / TIMES, record, self._disk)
         if self._board is not None:
             self._board.add_scalar("tokens_per_second", speed, self.step)
+            for part, share in shares.items():
+                self._board.add_scalar(f"time/{part}", share, self.step)
         if self._bar is None:
             seconds = left * (time.monotonic() - self._started) / done
+            split = "".join(f"  {part} {share:.0%}" for part, share in shares.items())
             self.say(
-                f"step {self.step}/{self._last_step}  loss {mean:.3f}  {speed:,.0f} tokens/s  "
-                f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
+                f"step {self.step}/{self._last_step}  {told or f'loss {mean:.3f}'}  {speed:,.0f} tokens/s  "
+                f"{seconds // 60:.0f}:{seconds % 60:02.0f} left{split}"
             )
-        self._fault("logged")
+        self.fault("logged")
 
     def write_metrics(self, figures: Mapping[str, float]) -> None:
         """Adds a line to metrics.jsonl: the step, these figures. No times: equal runs write equal bytes."""
@@ -339,10 +417,16 @@ def schedule(kind: str, step: int, max_steps: int, warmup_steps: int, decay_rati
 
     Both rise along a line over warmup_steps. cosine (Loshchilov & Hutter 2017, arXiv 1608.03983): half a wave
     down to min_ratio at max_steps. wsd (warmup-stable-decay, Hu et al. 2024, arXiv 2404.06395): stays, then
-    falls along a line to min_ratio over the last decay_ratio of max_steps.
+    falls along a line to min_ratio over the last decay_ratio of max_steps. linear: along a line to what a step
+    behind the last would have, min_ratio, so that the last one still learns. constant: stays.
     """
     if step < warmup_steps:
         return step / warmup_steps
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        first = max(warmup_steps, 1)
+        return min_ratio + (1 - min_ratio) * (max_steps + 1 - step) / max(max_steps + 1 - first, 1)
     if kind == "cosine":
         through = (step - warmup_steps) / max(max_steps - warmup_steps, 1)
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * through)) / 2

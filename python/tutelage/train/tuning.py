@@ -13,7 +13,7 @@ import torch
 
 from tutelage.batch import PackedBatch, pack
 from tutelage.config import Head
-from tutelage.data.examples import Example, ExampleSet, Item, Preference, Unpaired, sequences, split_examples
+from tutelage.data.examples import Example, ExampleSet, Item, Preference, Prompt, Unpaired, sequences, split_examples
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
 from tutelage.train import picture
@@ -79,6 +79,15 @@ def content(model: Model) -> str:
     return digest.hexdigest()
 
 
+def check_same(run: Run, state: Mapping[str, Any], name: str, key: str, what: str) -> None:
+    """Raises ValueError where the checkpoint was made with another `what`; key: what it is known by, `name`: in the state."""
+    if state.get(name, key) != key:
+        raise ValueError(
+            f"cannot resume {run.folder}: {what} is not what that run used; "
+            "bring it back, or start a new run in another --output_dir"
+        )
+
+
 def check_rows(loaded: ExampleSet[Item], max_tokens: int, reserved: Sequence[str] = ()) -> None:
     """Raises ValueError naming the row that has more than `max_tokens` tokens or a field with a reserved name."""
     for item in loaded.examples:
@@ -116,7 +125,7 @@ def packed(examples: Sequence[Example]) -> PackedBatch:
     return pack([example.tokens for example in examples], [example.mask for example in examples])
 
 
-def columns_of(rows: Sequence[Example | Preference | Unpaired]) -> dict[str, Any]:
+def columns_of(rows: Sequence[Example | Preference | Unpaired | Prompt]) -> dict[str, Any]:
     """The rows' other fields by name, one entry for each row; None where the row has no such field."""
     names = dict.fromkeys(name for row in rows for name in row.columns)
     return {name: [row.columns.get(name) for row in rows] for name in names}
