@@ -120,8 +120,10 @@ class Stage:
     """Whether its model sits the exam."""
     curve: str = "loss"
     """The figure of metrics.jsonl that shows its learning."""
+    held_out: str = "eval_loss"
+    """The figure that was measured on what is held out."""
     unit: str = ""
-    """Of the curve."""
+    """Of both."""
 
 
 def _tokenizer(plan: Plan) -> TokenizerConfig:
@@ -190,6 +192,7 @@ def _ppo(plan: Plan, stage: str = "ppo", **others: Any) -> PpoConfig:
         max_steps=plan.by_size(2, 60),
         batch_size=plan.by_size(16, 64),
         learning_rate=3e-4,
+        kl_coef=0.3,
         **others,
     )
 
@@ -203,7 +206,8 @@ def _dpo(plan: Plan) -> DpoConfig:
         **plan.run("dpo"),
         model=plan.model("sft"),
         data=(plan.data("preferences"),),
-        learning_rate=2e-4,
+        learning_rate=1e-4,
+        beta=1.0,
     )
 
 
@@ -245,6 +249,7 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
             reads=("texts",),
             examined=True,
             unit="nats per token",
+            held_out="",
         ),
         "sft": Stage(
             title="Being shown",
@@ -293,6 +298,7 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
             reads=("practice",),
             examined=True,
             curve="objective/scores",
+            held_out="eval_reward",
             unit="reward",
         ),
         "ppo_ptx": Stage(
@@ -304,6 +310,7 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
             reads=("practice", "texts"),
             examined=True,
             curve="objective/scores",
+            held_out="eval_reward",
             unit="reward",
         ),
         "dpo": Stage(
