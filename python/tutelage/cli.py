@@ -72,6 +72,11 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:PpoConfig",
         "tutelage.train.ppo:ppo",
     ),
+    "grpo": Command(
+        "Learn which of several answers of its own to a prompt are better (GRPO, Dr. GRPO, RLOO).",
+        "tutelage.train.configs:GrpoConfig",
+        "tutelage.train.grpo:grpo",
+    ),
     "generate": Command(
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",

@@ -62,7 +62,10 @@ class Rollouts:
     def select(self, rows: Sequence[int]) -> Rollouts:
         """These rows only."""
         return Rollouts(
-            *([column[row] for row in rows] for column in (self.prompts, self.tokens, self.logprobs, self.support_logprobs)),
+            [self.prompts[row] for row in rows],
+            [self.tokens[row] for row in rows],
+            [self.logprobs[row] for row in rows],
+            [self.support_logprobs[row] for row in rows],
             [self.finish_reasons[row] for row in rows],
             None if self.texts is None else [self.texts[row] for row in rows],
         )

@@ -13,10 +13,12 @@ from tutelage import cli
 from tutelage.data.packing import Cursor
 from tutelage.files import Disk, Operation
 from tutelage.train import dpo as preferring
+from tutelage.train import grpo as groups
+from tutelage.train import ppo as policy
 from tutelage.train import pretrain as pretraining
 from tutelage.train import reward as reward_modelling
 from tutelage.train import sft as fine_tuning
-from tutelage.train.configs import DpoConfig, OrpoConfig, PretrainConfig, RewardConfig, SftConfig
+from tutelage.train.configs import DpoConfig, GrpoConfig, OrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
 
 # Of each loop: its module, its function and its config.
 LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
@@ -25,6 +27,8 @@ LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
     "reward": (reward_modelling, reward_modelling.reward, RewardConfig),
     "dpo": (preferring, preferring.dpo, DpoConfig),
     "orpo": (preferring, preferring.orpo, OrpoConfig),
+    "ppo": (policy, policy.ppo, PpoConfig),
+    "grpo": (groups, groups.grpo, GrpoConfig),
 }
 
 
@@ -83,7 +87,7 @@ def passed(config: dict[str, Any], loop: str = "pretrain") -> int:
 
 
 def _config(fields: dict[str, Any], loop: str) -> Any:
-    return LOOPS[loop][2](**{**fields, "data": tuple(fields["data"])})
+    return LOOPS[loop][2](**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def command(

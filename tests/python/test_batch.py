@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from typing import Any
@@ -111,6 +112,17 @@ def test_split_cuts_into_full_consecutive_batches(batch: PackedBatch, max_tokens
         assert 0 < part.tokens.numel() <= max_tokens
         if following is not None:  # none was cut earlier than it had to be
             assert part.tokens.numel() + following.lengths[0] > max_tokens
+
+
+def test_select_takes_sequences_in_any_order() -> None:
+    batch = pack([[1, 2], [3, 4, 5], [6]], [[False, True], [False, False, True], [True]])
+    assert batch.places([2, 0]).tolist() == [5, 0, 1]
+    batch = dataclasses.replace(batch, logprobs=torch.arange(6.0))
+    chosen = batch.select([2, 0])
+    assert (chosen.tokens.tolist(), chosen.cu_seqlens.tolist()) == ([6, 1, 2], [0, 1, 3])
+    assert chosen.cu_seqlens.dtype == torch.int32 and chosen.completion_mask.tolist() == [True, False, True]
+    assert chosen.logprobs is not None and chosen.logprobs.tolist() == [5, 0, 1]
+    assert pack([[1, 2]]).select([0]).logprobs is None
 
 
 def test_split_carries_the_rollouts_logprobs() -> None:

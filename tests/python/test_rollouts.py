@@ -148,6 +148,16 @@ def test_greedy_is_what_transformers_generates(tmp_path: Path, architecture: str
         assert ours.tolist() == expected.tolist()
 
 
+def test_rows_can_be_chosen() -> None:
+    rollouts = tiny_model().generate([[1, 2], [3], [4, 5, 6]], 4)
+    chosen = rollouts.select([2, 0])
+    assert [row.tolist() for row in chosen.prompts] == [[4, 5, 6], [1, 2]]
+    for name in ("tokens", "logprobs", "support_logprobs", "finish_reasons"):
+        whole, part = getattr(rollouts, name), getattr(chosen, name)
+        assert [str(entry) for entry in part] == [str(whole[2]), str(whole[0])]
+    assert chosen.texts is None and len(chosen) == 2
+
+
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}])
 def test_a_cut_support_has_its_own_logprobs(cut: dict[str, Any]) -> None:
     model = tiny_model()

@@ -80,10 +80,14 @@ def test_the_schedules_at_their_corners() -> None:
     assert cosine[-1] == pytest.approx(0.1)
     wsd = [schedule("wsd", step, 10, 2, 0.5, 0.0) for step in range(1, 11)]
     assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.0])
+    linear = [schedule("linear", step, 4, 0, 0.3, 0.2) for step in range(1, 6)]
+    assert linear == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])  # the fifth: a step behind the last
+    assert [schedule("linear", step, 4, 2, 0.3, 0.0) for step in range(1, 5)] == pytest.approx([0.5, 1, 2 / 3, 1 / 3])
+    assert [schedule("constant", step, 4, 2, 0.3, 0.0) for step in range(1, 5)] == [0.5, 1, 1, 1]
 
 
 @given(
-    kind=st.sampled_from(["cosine", "wsd"]),
+    kind=st.sampled_from(["cosine", "wsd", "linear", "constant"]),
     steps=st.integers(1, 50),
     warmup=st.integers(0, 50),
     decay=st.floats(0, 1),
@@ -172,6 +176,72 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     assert len(lines(tmp_path / "again")) == 5
     Loop().run(dataclasses.replace(again, resume="auto"), 6)
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
+
+
+# --- further models and the time's parts --------------------------------------------------------------------
+
+
+def two_models(run: Run, last: int) -> list[torch.Tensor]:
+    """Two loops in one run, the second one's model as a further one; the weights of both at the end."""
+    first, second = Loop(), Loop(Model(CONFIG, seed=1))
+    run.start(first.model, first.optimizer, "data", others={"critic": second.optimizer})
+    for _ in run.steps(last):
+        for loop in (first, second):
+            loop.optimizer.zero_grad()
+            run.accumulate(loop.model, loop.batch, 5, loop.objective)
+        with run.timed("train"), run.timed("inner"):
+            run.update(first.optimizer, second.optimizer)
+        run.log(0.0, 9, "told in words")
+        run.end_step(first.model, first.optimizer, {})
+    return [first.model.params, second.model.params]
+
+
+def test_a_further_model_is_saved_and_restored_with_its_optimizer(tmp_path: Path) -> None:
+    """Negative control: one that is not, begins anew."""
+    found = []
+    for name, cuts in {"whole": (4,), "cut": (2, 4)}.items():
+        for last in cuts:
+            config = RunConfig(output_dir=str(tmp_path / name), resume="auto", logging_steps=1)
+            with open_run(config) as run:
+                params = two_models(run, last)
+        found.append(params)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert not torch.equal(Loop(Model(CONFIG, seed=1)).model.params, found[0][1])
+
+
+def test_no_model_is_updated_where_the_gradient_of_one_is_not_finite(tmp_path: Path) -> None:
+    first, second = Loop(), Loop(Model(CONFIG, seed=1))
+    before = [loop.model.params.clone() for loop in (first, second)]
+    for loop in (first, second):
+        loop.optimizer.zero_grad()
+        loop.objective(loop.batch, 9, range(3)).backward()  # type: ignore[no-untyped-call]
+    second.model.grads[3] = math.inf
+    with (
+        pytest.raises(NonFiniteError, match="is the first parameter whose gradient is not finite"),
+        open_run(RunConfig(output_dir=str(tmp_path / "run"))) as run,
+    ):
+        run.update(first.optimizer, second.optimizer)
+    assert all(torch.equal(a, loop.model.params) for a, loop in zip(before, (first, second), strict=True))
+
+
+def test_the_parts_of_the_time_are_told_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part within another is the outer one's; what is left is other; without parts there is nothing."""
+    with open_run(RunConfig(output_dir=str(tmp_path / "run"), logging_steps=2)) as run:
+        two_models(run, 3)
+        assert set(run.shares()) == {"train", "other"} and sum(run.shares().values()) == pytest.approx(1)
+    output = capsys.readouterr().out
+    assert "step 2/3  told in words  " in output and "  train " in output and "  other " in output
+    timed = picture.read_metrics(tmp_path / "run" / "times.jsonl")
+    assert [line["step"] for line in timed] == [2, 3] and set(timed[0]) == {"step", "seconds", "train", "other"}
+    Loop().run(RunConfig(output_dir=str(tmp_path / "plain"), logging_steps=1), 1)
+    assert not (tmp_path / "plain" / "times.jsonl").exists()
+
+
+def test_another_figure_can_be_drawn_in_the_losses_place(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 9.0, "objective/scores": 1.0}\n{"step": 2, "objective/scores": 3.0}\n')
+    assert picture.show(metrics, tmp_path / "x.png", "", "points", "objective/scores") == "scores 1.00 ▁█ 3.00"
+    assert picture.show(metrics, tmp_path / "x.png", "", "points", "reward") == "reward: there is none"
 
 
 # --- NaN and infinity ---------------------------------------------------------------------------------------

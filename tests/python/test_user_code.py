@@ -63,6 +63,15 @@ def test_arguments_with_defaults_and_stars_are_fine(file: Path) -> None:
         assert callable(load_objective(f"{file}:{name}"))
 
 
+def test_arguments_passed_by_name(file: Path) -> None:
+    assert callable(load_function(f"{file}:doubled", "--scorer", ["out"], ["columns", "batch"]))
+    message = (
+        "--scorer: .*own.py:two cannot be called as two(out, columns=…, batch=…): got an unexpected keyword argument 'columns'"
+    )
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        load_function(f"{file}:two", "--scorer", ["out"], ["columns", "batch"])
+
+
 def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
     results = []
     for n in (1, 2):

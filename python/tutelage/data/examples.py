@@ -238,14 +238,17 @@ def load_prompts(
     max_length: int,
     on_bad_row: str = "error",
     on_long: Literal["error", "drop"] = "error",
+    answer: int = 0,
 ) -> ExampleSet[Prompt]:
     """Prompts of all rows that have one, for generation; the other fields are `columns`. Otherwise as `load_sft`.
 
-    A prompt is never truncated: half a prompt is another one.
+    A prompt is never truncated: half a prompt is another one. answer: tokens of max_length that are kept for an answer.
     """
     if on_long not in ("error", "drop"):
         raise ValueError(f"on_long is {on_long!r}: for prompts it must be 'error' or 'drop'")
-    loader = _Loader(tokenizer, max_length, on_bad_row, on_long)
+    loader = _Loader(tokenizer, max_length - answer, on_bad_row, on_long)
+    if answer:
+        loader.limit = f"max_length = {max_length} less {answer} for an answer"
     return loader.load(data, ("prompt_only",), loader.prompt)
 
 
@@ -279,6 +282,7 @@ class _Loader:
         self.eos = tokenizer.eos_token_id
         self.bos = tokenizer.bos_token_id
         self.max_length = max_length
+        self.limit = f"max_length = {max_length}"
         self.bad_rows = BadRows(on_bad_row)
         self.on_long = on_long
         self.completion_only = completion_only
@@ -472,7 +476,7 @@ class _Loader:
         return Example(np.array(ids, np.int32), np.array(mask, np.bool_), row.columns, row.where, row.prompt_key)
 
     def _too_long(self, row: Row, what: str, length: int, advice: str) -> NoReturn:
-        message = f"{what} has {length} tokens, more than max_length = {self.max_length}"
+        message = f"{what} has {length} tokens, more than {self.limit}"
         if self.on_long == "error":
             raise ValueError(f"{row.where}: {message}: {advice}")
         self._find(DROPPED, row, message)

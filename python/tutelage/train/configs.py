@@ -402,7 +402,7 @@ class TryingConfig(TuningConfig):
     Either way output_dir/failures.jsonl tells which answer it was."""
     ref_model: str | None = None
     """Folder of the reference model, which it costs something to leave. None: the model that training starts from."""
-    on_long: Literal["error", "drop"] = "error"  # type: ignore[assignment]
+    on_long: Literal["error", "drop"] = "error"
     """What to do with a prompt that leaves no room for an answer."""
     max_length: int = 0
     """Longest prompt and answer together, in tokens. 0: as long as the model can read."""
@@ -447,13 +447,15 @@ class TryingConfig(TuningConfig):
                 raise ValueError(f"{name} must be positive and finite, but it is {getattr(self, name)}")
         if (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0) and not self.allow_truncated_sampling:
             raise ValueError(
-                "top_k, top_p and min_p cut the distribution that answers are drawn from, but what learns is the whole one: the "
-                "ratio of the two would be wrong for every token. Leave them out, or say --allow_truncated_sampling"
+                "top_k, top_p and min_p cut the distribution that answers are drawn from, but what learns is the whole one: "
+                "the ratio of the two would be wrong for every token. Leave them out, or say --allow_truncated_sampling"
             )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"there are {len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs")
         if self.missing_eos_penalty and self.missing_eos_score is not None:
-            raise ValueError("missing_eos_score takes the place of a score, so there is nothing to take missing_eos_penalty off")
+            raise ValueError(
+                "missing_eos_score takes the place of a score, so there is nothing to take missing_eos_penalty off"
+            )
         for name in ("missing_eos_penalty", "missing_eos_score"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise ValueError(f"{name} must be finite, but it is {getattr(self, name)}")
@@ -497,7 +499,8 @@ class PpoConfig(TryingConfig):
     cliprange_value: float = 0.2
     """The same for the critic's values, in units of the reward."""
     vf_coef: float = 0.1
-    """Weight of the critic's loss. It has an optimizer of its own, so this counts against max_grad_norm and adam_epsilon only."""
+    """Weight of the critic's loss. It has an optimizer of its own, so this counts against max_grad_norm and adam_epsilon
+    only."""
     critic_learning_rate: float = 0.0
     """The critic's highest learning rate. 0: as learning_rate."""
     critic_warmup_steps: int = 0
@@ -542,6 +545,54 @@ class PpoConfig(TryingConfig):
             raise ValueError(f"ptx_length must be 0 or at least 2, but it is {self.ptx_length}")
         if self.ptx_data and not self.ptx_coef:
             raise ValueError("ptx_data is learned from with --ptx_coef only: give that too")
+
+
+@dataclass(frozen=True)
+class GrpoConfig(TryingConfig):
+    """Group-relative policy optimisation: learn which of several answers to a prompt were better than its others.
+
+    Like `tutelage ppo`, but several answers a prompt take the critic's place. GRPO, DAPO's token mean, Dr. GRPO and RLOO. At
+    home where a function can tell right from wrong. Start from a model that was taught by `tutelage sft`.
+
+    A resumed run, a run cut into other micro-batches and a run with another number of threads end in the same bits.
+    """
+
+    output_dir: str = "runs/grpo"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and at the end model/ (a Hugging Face folder)."""
+    batch_size: int = 8
+    """Prompts of a step, each with num_generations answers."""
+    num_generations: int = 8
+    """Answers to each prompt; the prompt is computed once for all."""
+    num_iterations: int = 1
+    """How often a step's answers are learned from."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "rloo"] = "grpo"
+    """What the loss is a mean of: grpo: each answer's mean over its tokens. dapo: all tokens. dr_grpo: sums over answers,
+    divided by max_completion_length, so that long wrong answers are no cheaper. rloo: whole answers, compared with the mean of
+    the others (REINFORCE leave-one-out)."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """By which standard deviation of the scores an advantage is divided. None: as the papers have it: group for grpo and dapo,
+    none for dr_grpo and rloo."""
+    beta: float = 0.0
+    """How dear it is to leave the reference: weight of the KL (k3) in the loss; for rloo in the score. 0: there is no
+    reference."""
+    epsilon: float = 0.2
+    """A token (rloo: an answer) that has become likelier or less likely by this share since it was drawn is pushed no
+    further."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "num_generations", 2)
+        at_least(self, "num_iterations", 1)
+        at_least(self, "beta", 0)
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, but it is {self.epsilon}")
+        if self.loss_type == "rloo" and self.scale_rewards not in (None, "none"):
+            raise ValueError(f"rloo does not scale its advantages: leave scale_rewards out, not {self.scale_rewards}")
+        if self.ref_model is not None and not self.beta:
+            raise ValueError("ref_model is compared with at a beta above 0 only: give that too")
+        answers = self.batch_size * self.num_generations
+        if self.num_mini_batches > answers:
+            raise ValueError(f"num_mini_batches is {self.num_mini_batches}, but a step has only {answers} answers")
 
 
 @dataclass(frozen=True)

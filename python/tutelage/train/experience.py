@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from tutelage.data.tokenizer import Tokenizer
 from tutelage.evaluate import load_reward_model, sequence_rewards
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
+from tutelage.objectives import mean_std
 from tutelage.rewards import RewardFunctions, RewardLimits
 from tutelage.rollouts import Rollouts
 from tutelage.train import picture
@@ -63,7 +64,7 @@ def load(run: Run, config: TryingConfig, model: Model, tokenizer: Tokenizer) -> 
     longest, answer = longest_sequence(config, model), config.max_completion_length
     if answer >= longest:
         raise ValueError(f"max_completion_length is {answer}, which leaves no room for a prompt in {longest} tokens: lower it")
-    loaded = load_prompts(config.data, tokenizer, longest - answer, config.on_bad_row, config.on_long)
+    loaded = load_prompts(config.data, tokenizer, longest, config.on_bad_row, config.on_long, answer)
     run.say(str(loaded.report))
     for prompt in loaded.examples:
         needed = len(prompt.tokens) + answer
@@ -177,11 +178,19 @@ class Episodes:
     """Prompt and answer; the answers are its mask, `logprobs` the policy's when it drew them."""
     scores: Tensor
     """float64 [S]"""
+    groups: list[int]
+    """[S] which of the step's prompts each answers; they ascend."""
     figures: dict[str, float]
     """What there is to measure of them, by TRL's names."""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def select(self, rows: Sequence[int]) -> Episodes:
+        """These answers only, at least one."""
+        rollouts = self.rollouts.select(rows)
+        prompts, groups = [self.prompts[row] for row in rows], [self.groups[row] for row in rows]
+        return Episodes(prompts, rollouts, rollouts.pack(), self.scores[list(rows)], groups, self.figures)
 
 
 def gather(
@@ -212,9 +221,9 @@ def gather(
     kept = [row for row, score in enumerate(scores) if score is not None]
     if not kept:
         return None
-    chosen = rollouts.select(kept)
+    chosen, groups = rollouts.select(kept), [row // samples for row in kept]
     found = torch.tensor([scores[row] for row in kept], dtype=torch.float64)
-    return Episodes([rows[row] for row in kept], chosen, chosen.pack(), found, {**figures, **_lengths(rollouts)})
+    return Episodes([rows[row] for row in kept], chosen, chosen.pack(), found, groups, {**figures, **_lengths(rollouts)})
 
 
 def _lengths(rollouts: Rollouts) -> dict[str, float]:
@@ -238,7 +247,8 @@ def check_finite(run: Run, what: str, found: Tensor, batch: PackedBatch | None =
         return
     answer = wrong[0] if batch is None else int(torch.searchsorted(batch.cu_seqlens, wrong[0], right=True)) - 1
     raise NonFiniteError(
-        f"step {run.step}: the {what} of answer {answer} is {found[wrong[0]].item()}; the update was not applied. {run.advice()}"
+        f"step {run.step}: the {what} of answer {answer} is {found[wrong[0]].item()}; "
+        f"the update was not applied. {run.advice()}"
     )
 
 
@@ -283,14 +293,52 @@ def mini_batches(count: int, parts: int, purpose: str) -> Iterator[list[int]]:
         yield order[count * part // parts : count * (part + 1) // parts]
 
 
+@dataclass
+class Moves:
+    """What the updates of a step have measured of the policy: a vector for each micro-batch, an entry for each token of an
+    answer, or for each answer."""
+
+    logs: list[Tensor] = field(default_factory=list)
+    """log ρ, since the answers were drawn."""
+    clipped: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
+
+    def note(self, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, entropy: Tensor) -> None:
+        """As `ppo_policy` is given them. entropy: of the tokens of the answers."""
+        with torch.no_grad():
+            moved = logprobs - old
+            ratio, low, high = torch.exp(moved), 1 - clip_range, 1 + clip_range
+            clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+            self.logs.append(moved[mask])
+            self.clipped.append(clipped[mask])
+            self.entropy.append(entropy.detach())
+
+    def approximate_kl(self, first: int = 0) -> float:
+        """Mean of ½ (log ρ)² from the first-th micro-batch on (Schulman 2020's k2)."""
+        moved = torch.cat(self.logs[first:])
+        return average(0.5 * moved * moved)
+
+    def figures(self) -> dict[str, float]:
+        """By TRL's names; empty where the policy was not updated."""
+        if not self.logs:
+            return {}
+        ratio = torch.exp(torch.cat(self.logs).double())
+        mean, deviation = mean_std(ratio, torch.ones_like(ratio, dtype=torch.bool))
+        return {
+            "policy/approxkl_avg": self.approximate_kl(),
+            "policy/clipfrac_avg": average(torch.cat(self.clipped)),
+            "policy/entropy_avg": average(torch.cat(self.entropy)),
+            "val/ratio": mean,
+            "val/ratio_var": deviation**2,
+        }
+
+
 def average(x: Tensor) -> float:
     """Mean of all entries, in an order that no number of threads changes."""
     return kernels.total(x.double()).item() / x.numel()
 
 
-def measure(
-    run: Run, config: TryingConfig, model: Model, judge: Judge, held_out: ExampleSet[Prompt]
-) -> dict[str, float]:
+def measure(run: Run, config: TryingConfig, model: Model, judge: Judge, held_out: ExampleSet[Prompt]) -> dict[str, float]:
     """What the model's answers to the held-out prompts score, always of the same draws; empty where none has a score."""
     with run.timed("evaluate"):
         episodes = gather(run, config, model, judge, held_out.examples, "evaluate")

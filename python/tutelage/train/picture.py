@@ -49,9 +49,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(
-    records: Sequence[Mapping[str, float]], path: Path, measured: str, unit: str, what: str = "loss"
-) -> None:
+def draw(records: Sequence[Mapping[str, float]], path: Path, measured: str, unit: str, what: str = "loss") -> None:
     """Writes a PNG: training loss (or `what`), and what was measured on what is held out (eval_…), over the steps."""
     from matplotlib.figure import Figure
 

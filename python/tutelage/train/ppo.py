@@ -38,6 +38,7 @@ from tutelage.train.configs import PpoConfig
 from tutelage.train.experience import (
     Episodes,
     Judge,
+    Moves,
     Tokens,
     TryingResult,
     average,
@@ -221,7 +222,7 @@ def _text(run: Run, config: PpoConfig, model: Model) -> PackedEpochs | None:
     assert model.tokenizer is not None
     documents = read_text(config.ptx_data, False, 0.0, config.on_bad_row)
     corpus = Corpus.build(documents, model.tokenizer, run.folder / "corpus")
-    run.say(f"pretraining text: {sum(source.tokens for source in corpus.sources):,} tokens")
+    run.say(f"pretraining text: {sum(source.tokens or 0 for source in corpus.sources):,} tokens")
     return PackedEpochs(corpus, length, config.seed)
 
 
@@ -261,13 +262,11 @@ def advantages_of(
 
 @dataclass
 class _Noted:
-    """What the updates of a step have measured, a vector for each micro-batch, an entry for each token of an answer."""
+    """What the updates of a step have measured."""
 
-    moved: list[Tensor] = field(default_factory=list)
-    """log ρ"""
-    clipped: list[Tensor] = field(default_factory=list)
-    entropy: list[Tensor] = field(default_factory=list)
+    moves: Moves = field(default_factory=Moves)
     value_clipped: list[Tensor] = field(default_factory=list)
+    """A vector for each micro-batch, an entry for each token of an answer."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     """Of each update."""
     norms: list[float] = field(default_factory=list)
@@ -278,24 +277,14 @@ class _Noted:
         return loss
 
     def figures(self) -> dict[str, float]:
-        figures = {f"loss/{name}_avg": math.fsum(found) / len(found) for name, found in self.losses.items()}
-        if self.norms:
-            figures["grad_norm"] = self.norms[-1]
-        if self.value_clipped:
-            figures["val/clipfrac_avg"] = average(torch.cat(self.value_clipped))
-        if self.moved:
-            moved = torch.cat(self.moved)
-            ratio = torch.exp(moved.double())
-            mean, deviation = mean_std(ratio, torch.ones_like(ratio, dtype=torch.bool))
-            figures |= {
-                "policy/approxkl_avg": average(0.5 * moved * moved),
-                "policy/clipfrac_avg": average(torch.cat(self.clipped)),
-                "policy/entropy_avg": average(torch.cat(self.entropy)),
-                "policy/stopped_early": float(self.stopped),
-                "val/ratio": mean,
-                "val/ratio_var": deviation**2,
-            }
-        return figures
+        losses = {f"loss/{name}_avg": math.fsum(found) / len(found) for name, found in self.losses.items()}
+        return {
+            **losses,
+            **self.moves.figures(),
+            "val/clipfrac_avg": average(torch.cat(self.value_clipped)),
+            "grad_norm": self.norms[-1],
+            "policy/stopped_early": float(self.stopped),
+        }
 
 
 class _Learner:
@@ -341,12 +330,11 @@ class _Learner:
         for optimizer in optimizers:
             optimizer.zero_grad()
         if policy:
-            before = len(noted.moved)
+            before = len(noted.moves.logs)
             loss = run.accumulate(
                 self.model, mini.batch, most, lambda part, count, own: self._policy(part, count, mini.of(own), noted)
             )
-            moved = torch.cat(noted.moved[before:])
-            if config.target_kl and average(0.5 * moved * moved) > config.target_kl:
+            if config.target_kl and noted.moves.approximate_kl(before) > config.target_kl:
                 return False
             noted.add("policy", loss)
             if self._text is not None:
@@ -361,15 +349,11 @@ class _Learner:
         return True
 
     def _policy(self, part: PackedBatch, count: int, own: Mapping[str, Tensor], noted: _Noted) -> Tensor:
-        out, mask, advantages = self.model.score(part, self._config.temperature), part.completion_mask, own["advantages"]
+        out = self.model.score(part, self._config.temperature)
         assert part.logprobs is not None
-        with torch.no_grad():
-            moved = out.logprobs - part.logprobs
-            ratio, low, high = torch.exp(moved), 1 - self._config.cliprange, 1 + self._config.cliprange
-            clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-            for column, found in ((noted.moved, moved), (noted.clipped, clipped), (noted.entropy, out.entropy)):
-                column.append(found[mask].detach())
-        return ppo_policy(out.logprobs, part.logprobs, advantages, mask, self._config.cliprange, count)
+        given = out.logprobs, part.logprobs, own["advantages"], part.completion_mask, self._config.cliprange
+        noted.moves.note(*given, out.entropy[part.completion_mask])
+        return ppo_policy(*given, count)
 
     def _ptx(self, part: PackedBatch, count: int, _: range) -> Tensor:
         # At temperature 1: this is reading, as in pretraining.

@@ -339,7 +339,7 @@ class Run:
         """Whether this step writes a line of metrics."""
         return self.step % self._config.logging_steps == 0 or self.step == self._last_step
 
-    def log(self, loss: float, tokens: int, told: str = "", **figures: float) -> None:
+    def log(self, loss: float, tokens: int, told: str = "", /, **figures: float) -> None:
         """Notes a step's loss and token count; every logging_steps a line of metrics: mean loss, figures.
 
         told: what the reader sees in the place of the loss.
