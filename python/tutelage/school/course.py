@@ -248,7 +248,8 @@ class _Course:
             f"which makes {len(pairs):,} pairs of a better and a worse answer"
         )
         if pairs:
-            self.say(f"  better:{pairs[0]['chosen']}\n  worse: {pairs[0]['rejected']}", "italic")
+            for side in ("chosen", "rejected"):
+                self.say(f"  {side}: {exam.printable(pairs[0][side])}", "italic")
         return {"rankings": len(rankings), "pairs": len(pairs), "noise": labeller.noise}
 
     # ---- the exams
@@ -281,8 +282,8 @@ class _Course:
         self.say(
             f"exam of {name}: {_told(sum(answers.right), sum(answers.kind), len(answers.texts))}, {bits:.3f} bits per byte"
         )
-        for question, text in list(zip(sheet.questions, answers.texts, strict=True))[:1]:
-            self.say(f"  {question.prompt}{text}", "italic")
+        for place in exam.samples(sheet):
+            self.say(f"  {exam.printable(f'{sheet.questions[place].prompt} {answers.texts[place]}')}", "italic")
 
     def hold_exams(self) -> None:
         """All that are due: of stages that are done, once there are a taught model and a judge to compare with."""

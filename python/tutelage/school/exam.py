@@ -121,3 +121,8 @@ def samples(sheet: Sheet, count: int = 3) -> list[int]:
     for place, question in enumerate(sheet.questions):
         first.setdefault(question.columns["attribute"], place)
     return list(first.values())[:count]
+
+
+def printable(text: str) -> str:
+    """On one line; what has no shape of its own, which a model that has learned little may say, becomes a dot."""
+    return "".join(letter if letter.isprintable() else "·" for letter in " ".join(text.split()))

@@ -15,6 +15,7 @@ from rich.text import Text
 from tutelage import files
 from tutelage.files import Disk
 from tutelage.school.drawing import bars, curve
+from tutelage.school.exam import printable
 from tutelage.school.stages import EXAMINED, STAGES, Plan, Stage
 from tutelage.train.picture import read_metrics
 from tutelage.train.run import METRICS
@@ -258,7 +259,7 @@ def _samples(report: Report) -> str:
 
 
 def _said(stage: str, row: Mapping[str, Any]) -> str:
-    answer = " ".join(row["answer"].split())
+    answer = printable(row["answer"])
     marks = ", ".join(
         f'<span class="{name}">{name}</span>' if row[name] else f'<span class="not">not {name}</span>'
         for name in ("right", "kind")

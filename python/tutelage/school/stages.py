@@ -142,8 +142,8 @@ def _pretrain(plan: Plan) -> PretrainConfig:
         tokenizer=str(plan.folder / "tokenizer"),
         size=plan.size,
         context=128,
-        batch_tokens=plan.by_size(512, 1024),
-        max_steps=plan.by_size(40, 1600),
+        batch_tokens=1024,
+        max_steps=plan.by_size(200, 1600),
         learning_rate=plan.by_size(5e-3, 3e-3),
         held_out_fraction=0.01,
     )
@@ -154,8 +154,8 @@ def _sft(plan: Plan) -> SftConfig:
         **plan.run("sft"),
         model=plan.model("pretrain"),
         data=(plan.data("demonstrations"),),
-        num_train_epochs=plan.by_size(1.0, 3.0),
-        learning_rate=1e-3,
+        num_train_epochs=3.0,
+        learning_rate=plan.by_size(3e-3, 1e-3),
     )
 
 
@@ -189,7 +189,7 @@ def _ppo(plan: Plan, stage: str = "ppo", **others: Any) -> PpoConfig:
         reward_model=plan.model("reward"),
         data=(plan.data("practice"),),
         max_completion_length=ANSWER_TOKENS,
-        max_steps=plan.by_size(2, 60),
+        max_steps=plan.by_size(4, 60),
         batch_size=plan.by_size(16, 64),
         learning_rate=3e-4,
         kl_coef=0.3,
@@ -208,6 +208,7 @@ def _dpo(plan: Plan) -> DpoConfig:
         data=(plan.data("preferences"),),
         learning_rate=1e-4,
         beta=1.0,
+        label_smoothing=0.1,
     )
 
 
