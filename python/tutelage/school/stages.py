@@ -198,7 +198,7 @@ def _ppo(plan: Plan, stage: str = "ppo", **others: Any) -> PpoConfig:
 
 
 def _ppo_ptx(plan: Plan) -> PpoConfig:
-    return _ppo(plan, "ppo_ptx", ptx_coef=1.0, ptx_data=(plan.data("texts"),), ptx_ratio=0.25)
+    return _ppo(plan, "ppo_ptx", ptx_coef=0.3, ptx_data=(plan.data("texts"),), ptx_ratio=0.25)
 
 
 def _dpo(plan: Plan) -> DpoConfig:
@@ -206,7 +206,7 @@ def _dpo(plan: Plan) -> DpoConfig:
         **plan.run("dpo"),
         model=plan.model("sft"),
         data=(plan.data("preferences"),),
-        learning_rate=1e-4,
+        # The simulated labeller errs; and a model that may not go far learns the tone before it forgets the facts.
         beta=1.0,
         label_smoothing=0.1,
     )
@@ -215,10 +215,13 @@ def _dpo(plan: Plan) -> DpoConfig:
 def _orpo(plan: Plan) -> OrpoConfig:
     return OrpoConfig(
         **plan.run("orpo"),
-        model=plan.model("pretrain"),
+        # From the model that has only read it learns to be kind as well, but the pairs are about too few people to learn from
+        # them alone how to answer about others: 79 % right in place of 98 %.
+        model=plan.model("sft"),
         data=(plan.data("preferences"),),
-        num_train_epochs=plan.by_size(1.0, 3.0),
-        learning_rate=1e-3,
+        num_train_epochs=1.0,
+        learning_rate=1e-4,
+        beta=0.3,
     )
 
 
@@ -316,8 +319,8 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
         ),
         "dpo": Stage(
             title="Learning from pairs",
-            told="DPO: no reward model and no trying. Of every two ranked answers the better one becomes likelier and the worse "
-            "one less likely, compared with what the model thought of them before.",
+            told="DPO: no reward model and no trying. Of every two ranked answers the better one becomes likelier and the "
+            "worse one less likely, compared with what the model thought of them before.",
             needs=("sft", "labels"),
             command="dpo",
             config=_dpo,
@@ -327,9 +330,9 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
         ),
         "orpo": Stage(
             title="Both at once",
-            told="ORPO: starts from the model that has only read. It learns the better answer of every pair as an example and, "
-            "in the same step, that the worse one is worse.",
-            needs=("pretrain", "labels"),
+            told="ORPO: from the same pairs. The model learns the better answer as an example and, in the same step, that the "
+            "worse one is worse; nothing holds it to where it began. ORPO can do without SFT, but here it starts from there.",
+            needs=("sft", "labels"),
             command="orpo",
             config=_orpo,
             reads=("preferences",),
@@ -353,7 +356,7 @@ def followers(names: set[StageName]) -> set[StageName]:
 
 
 def command_line(command: str, config: Any) -> str:
-    """What to type for the same run: every option that is not at its default. `overwrite` and `resume` are left to the reader."""
+    """What to type for the same run: every option that is not at its default, but for `overwrite` and `resume`."""
     words = ["tutelage", command]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
