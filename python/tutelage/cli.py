@@ -32,6 +32,11 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
+    "school": Command(
+        "Take a model from nothing through all stages, and see what each has taught it.",
+        "tutelage.school.stages:SchoolConfig",
+        "tutelage.school.course:school",
+    ),
     "tokenizer": Command(
         "Train a byte-level BPE tokenizer on text and save it.",
         "tutelage.train.configs:TokenizerConfig",
@@ -225,6 +230,8 @@ file itself: its config.yaml.
 `{_TRACEBACK}=1` shows where an error comes from.
 
 first steps:
+  tutelage school                    five minutes: all stages on a small invented world, and a report
+  tutelage school --size tiny        the same in seconds
   tutelage pretrain                  three minutes, and a model that predicts this Python's documentation
   tutelage pretrain --size tiny      the same in seconds
   tutelage pretrain --data books/    your own text

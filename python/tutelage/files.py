@@ -481,10 +481,10 @@ def _prune(run_folder: Path, saved: Path, keep: int, disk: Disk) -> None:
     kept = {saved, *earlier[: keep - 1]}
     folder = run_folder / CHECKPOINTS
     stale = [path for path in _entries(folder) if _STEP_NAME.fullmatch(path.name) and path not in kept]
-    _discard(stale, disk)
+    discard(stale, disk)
 
 
-def _discard(paths: list[Path], disk: Disk) -> None:
+def discard(paths: list[Path], disk: Disk) -> None:
     """Removes entries of one folder: all lose their names, durably, before the first loses a file.
 
     So a half removed checkpoint never looks like a complete one.
@@ -582,7 +582,7 @@ def _starting_point(folder: Path, resume: str | None, overwrite: bool, disk: Dis
             f"{folder} holds an earlier run: pass --resume auto to continue from {found}, "
             "--overwrite to remove it, or another --output_dir"
         )
-    _discard(contents, disk)
+    discard(contents, disk)
     return None
 
 

@@ -12,6 +12,8 @@ import torch
 from tutelage import cli
 from tutelage.data.packing import Cursor
 from tutelage.files import Disk, Operation
+from tutelage.school import course
+from tutelage.school.stages import SchoolConfig
 from tutelage.train import dpo as preferring
 from tutelage.train import grpo as groups
 from tutelage.train import ppo as policy
@@ -29,6 +31,7 @@ LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
     "orpo": (preferring, preferring.orpo, OrpoConfig),
     "ppo": (policy, policy.ppo, PpoConfig),
     "grpo": (groups, groups.grpo, GrpoConfig),
+    "school": (course, course.school, SchoolConfig),
 }
 
 

@@ -316,7 +316,7 @@ def test_control_power_loss_finds_a_removal_before_its_rename_is_durable(
         for path in paths:
             files.remove(path, disk)
 
-    monkeypatch.setattr(files, "_discard", discard)
+    monkeypatch.setattr(files, "discard", discard)
     assert any(violations_of_saves(tmp_path, Disk, seeds=6))
 
 
