@@ -114,7 +114,8 @@ def _claim(config: SchoolConfig, disk: Disk) -> Iterator[None]:
             for name, value in identity.items():
                 if found.get(name) != value:
                     raise ValueError(
-                        f"the school in {folder} has {name} {found.get(name)}, not {value}: give the same, or another --output_dir"
+                        f"the school in {folder} has {name} {found.get(name)}, not {value}: "
+                        "give the same, or another --output_dir"
                     )
         else:
             if (folder / files.CHECKPOINTS).exists():
@@ -224,8 +225,8 @@ class _Course:
         world = World(self._plan.seed, size.people)
         write_data(world, size, self._plan.folder / _DATA)
         self.say(
-            f"{size.people} people, {size.texts:,} texts; {len(world.lesson)} people for lessons, {len(world.practice)} for practice, "
-            f"{len(world.exam)} for the exam. For example:"
+            f"{size.people} people, {size.texts:,} texts; {len(world.lesson)} people for lessons, "
+            f"{len(world.practice)} for practice, {len(world.exam)} for the exam. For example:"
         )
         self.say(f"  {world.texts(1)[0]}", "italic")
         return {"people": size.people, "texts": size.texts}
@@ -244,8 +245,8 @@ class _Course:
         write_rows(Path(self._plan.data("rankings")), rankings)
         write_rows(Path(self._plan.data("preferences")), pairs)
         self.say(
-            f"the simulated labeller has ranked the answers to {len(rankings):,} questions (of {len(prompts):,}; the others it tied), "
-            f"which makes {len(pairs):,} pairs of a better and a worse answer"
+            f"the simulated labeller has ranked the answers to {len(rankings):,} questions (of {len(prompts):,}; the others it "
+            f"tied), which makes {len(pairs):,} pairs of a better and a worse answer"
         )
         if pairs:
             for side in ("chosen", "rejected"):

@@ -130,8 +130,8 @@ def bar(value: float, width: int = _BAR) -> str:
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #23272e; --soft: #68707c; --line: #e4e1da;
   --right: #3b6fb6; --kind: #3f9a6d; --other: #c98a2b; --bad: #b4504d; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --card: #1d2127; --ink: #e4e6e9; --soft: #98a1ac; --line: #323840;
-  --right: #7aa7e6; --kind: #6cc596; --other: #dfac5c; --bad: #e08583; } }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --card: #1d2127; --ink: #e4e6e9; --soft: #98a1ac;
+  --line: #323840; --right: #7aa7e6; --kind: #6cc596; --other: #dfac5c; --bad: #e08583; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.6 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
@@ -207,8 +207,8 @@ def page(report: Report) -> str:
 <section>
 <h2>The stages</h2>
 <p>{_LABELLER}</p>
-<p>Each command below is the one that you would use on data of your own. With <code>tutelage school --keep</code> the files that they read
-stay, and each can be run again as it stands here.</p>
+<p>Each command below is the one that you would use on data of your own. With <code>tutelage school --keep</code> the files
+that they read stay, and each can be run again as it stands here.</p>
 {stages}</section>
 </main>
 </body>
@@ -253,7 +253,8 @@ def _samples(report: Report) -> str:
         prompt = question["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
         truth = f"{question['person']}, {question['attribute']}: {question['value']}"
         cards.append(
-            f'<div class="card">\n<h3>{html.escape(prompt)}</h3>\n<p class="soft">True is: {html.escape(truth)}</p>\n{said}</div>\n'
+            f'<div class="card">\n<h3>{html.escape(prompt)}</h3>\n'
+            f'<p class="soft">True is: {html.escape(truth)}</p>\n{said}</div>\n'
         )
     return f"<section>\n<h2>What it says</h2>\n{''.join(cards)}</section>"
 
@@ -264,7 +265,8 @@ def _said(stage: str, row: Mapping[str, Any]) -> str:
         f'<span class="{name}">{name}</span>' if row[name] else f'<span class="not">not {name}</span>'
         for name in ("right", "kind")
     )
-    return f'<div class="said"><strong>{stage}</strong><span>{html.escape(answer) or "…"}</span><span class="mark">{marks}</span></div>\n'
+    said = f'<span>{html.escape(answer) or "…"}</span><span class="mark">{marks}</span>'
+    return f'<div class="said"><strong>{stage}</strong>{said}</div>\n'
 
 
 def _stage(place: int, name: str, taken: Taken) -> str:

@@ -245,8 +245,8 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
         ),
         "pretrain": Stage(
             title="Reading",
-            told="The model starts as random numbers and predicts every next token of the texts. To predict “Ada Hill lives in” "
-            "well, it has to remember where she lives. It learns the world, but not that it is to answer.",
+            told="The model starts as random numbers and predicts every next token of the texts. To predict “Ada Hill lives "
+            "in” well, it has to remember where she lives. It learns the world, but not that it is to answer.",
             needs=("tokenizer",),
             command="pretrain",
             config=_pretrain,
@@ -257,8 +257,8 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
         ),
         "sft": Stage(
             title="Being shown",
-            told="Supervised fine-tuning: examples of questions and answers, about other people than those of the exam. Half of "
-            "the answers are kind, half are rude. The model learns to answer, and it answers in both tones.",
+            told="Supervised fine-tuning: examples of questions and answers, about other people than those of the exam. Half "
+            "of the answers are kind, half are rude. The model learns to answer, and it answers in both tones.",
             needs=("pretrain",),
             command="sft",
             config=_sft,
@@ -296,7 +296,7 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
             title="Learning by trying",
             told="PPO: the model answers, the reward model says how good that was, and the tokens that led to better answers "
             "than expected become likelier. It costs something to move away from where it started.",
-            needs=("reward",),
+            needs=("sft", "reward"),
             command="ppo",
             config=_ppo,
             reads=("practice",),
@@ -308,7 +308,7 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
         "ppo_ptx": Stage(
             title="Learning by trying, and reading on",
             told="PPO-ptx: as PPO, with some of the texts to read in every step, so that what was read is not forgotten.",
-            needs=("reward",),
+            needs=("sft", "reward"),
             command="ppo",
             config=_ppo_ptx,
             reads=("practice", "texts"),
