@@ -74,21 +74,24 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class LoopsConfig:
-    """Steps of the loops that learn from people, `tutelage sft` and `tutelage dpo` as they are, on the SmolLM2-135M shape:
-    which part takes how long, of its roofline, and the whole against TRL's trainers.
+    """Steps of the loops, `tutelage sft`, `tutelage dpo` and `tutelage ppo` as they are, on the SmolLM2-135M shape: which part
+    takes how long, of its roofline, and the whole against TRL's trainers.
 
-    sft: 2 sequences of 512 tokens; dpo: 4 pairs of 256. A quarter of each is the prompt.
+    sft: 2 sequences of 512 tokens; dpo: 4 pairs of 256. A quarter of each is the prompt. ppo: answers of 64 tokens to 8 prompts
+    of 64, learned from once; critic, reward model and reference have the policy's size. A part that computes is measured by the
+    FMA peak, a step of decoding by the roofline of `tutelage bench rollout`, the optimizer by the memory read ceiling. Beside
+    the step: the old log-probs computed again, which a loop must whose rollout is not exact, and this one need not.
 
     Args:
         loops: which of them.
         rounds: steps of each contender.
         micro_batch_tokens: as the loops': tokens of one forward and backward.
-        peers: measure TRL too, where it is installed.
+        peers: measure TRL too, where it is installed. Its last PPO trainer is that of 1.12; a later TRL has none.
         memory: measure the peak memory of each, in a process of its own.
         json: a file to write the JSON line to as well.
     """
 
-    loops: tuple[Literal["sft", "dpo"], ...] = ("sft", "dpo")
+    loops: tuple[Literal["sft", "dpo", "ppo"], ...] = ("sft", "dpo", "ppo")
     rounds: int = 3
     micro_batch_tokens: int = 8192
     peers: bool = True

@@ -1,8 +1,9 @@
 """Steps of the real loops, part by part: ``tutelage bench loops``.
 
-The loops are what users run, `tutelage.train.sft.sft` and `tutelage.train.dpo.dpo`, on a folder and a file. Their parts are
-timed from outside, by putting a clock around `Model.score`, its backward and `AdamW.step` while they run; "other" is the
-rest of the step: Python, torch, data, logging. A checkpoint every `save_steps` steps is not part of a step.
+The loops are what users run, `tutelage.train.sft.sft`, `tutelage.train.dpo.dpo` and `tutelage.train.ppo.ppo`, on a folder
+and a file. Their parts are timed from outside, by putting a clock around `Model.score`, `Model.values`, their backward,
+`Model.generate` and `Run.update` while they run; "other" is the rest of the step: Python, torch, data, logging. A checkpoint
+every `save_steps` steps is not part of a step.
 """
 
 from __future__ import annotations
@@ -19,30 +20,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+from rich.console import Console
 
 from tutelage import _core
 from tutelage import model as model_module
 from tutelage.config import ModelConfig
 from tutelage.data.tokenizer import train_tokenizer
 from tutelage.model import Model
-from tutelage.optimizer import AdamW
-from tutelage.train.configs import DpoConfig, SftConfig
+from tutelage.rollouts import Generation
+from tutelage.train import ppo as ppo_module
+from tutelage.train.configs import DpoConfig, PpoConfig, SftConfig
 from tutelage.train.dpo import dpo
+from tutelage.train.experience import Episodes, token_logprobs
 from tutelage.train.run import Run
 from tutelage.train.sft import sft
 
 from . import LoopsConfig, trl
-from .ceilings import Unit, gauge
+from .ceilings import gauge
 from .measure import OURS, Measurement, Plan, Spread, report
 from .memory import peak_bytes
+from .rollout import flops_of_prompts, limit_of_step
 from .train import SMOLLM2_135M, model_flops
 
 FORWARD, BACKWARD, OPTIMIZER, REFERENCE = "forward", "backward", "optimizer", "reference"
-PARTS = (FORWARD, BACKWARD, OPTIMIZER)
+ROLLOUT, PREFILL, DECODE, SCORE = "rollout", "prefill", "decode", "score"
+AGAIN = "old log-probs again"
+"""What a loop whose rollout is not exact has to do besides: the policy reads its own answers before it learns from them."""
+
+LEARNING = (FORWARD, BACKWARD, OPTIMIZER)
+PARTS = {"sft": LEARNING, "dpo": LEARNING, "ppo": (ROLLOUT, SCORE, *LEARNING)}
+"""Into which a step falls, but for what is "other"."""
 
 # The norm reads the gradient (4 bytes a parameter); AdamW reads gradient, parameter and two moments and writes three (28).
 OPTIMIZER_BYTES = 32.0
@@ -56,18 +67,26 @@ class LoopShape:
 
     config: ModelConfig
     rows: int
-    """Of a step: sequences of sft, pairs of dpo."""
+    """Of a step: sequences of sft, pairs of dpo, prompts of ppo."""
     length: int
-    """Tokens of a sequence; a quarter of them is the prompt."""
+    """Tokens of a sequence."""
+    prompt: int
+    """How many of them are the prompt."""
 
     @property
-    def prompt(self) -> int:
-        return self.length // 4
+    def answer(self) -> int:
+        return self.length - self.prompt
 
 
-SHAPES = {"sft": LoopShape(SMOLLM2_135M, 2, 512), "dpo": LoopShape(SMOLLM2_135M, 4, 256)}
-WIDTH = {"sft": 1, "dpo": 2}  # sequences of a row
-PEERS = {"sft": {"TRL": "sft"}, "dpo": {"TRL": "dpo", "TRL, reference cached": "dpo cached"}}
+SHAPES = {
+    "sft": LoopShape(SMOLLM2_135M, 2, 512, 128),
+    "dpo": LoopShape(SMOLLM2_135M, 4, 256, 64),
+    "ppo": LoopShape(SMOLLM2_135M, 8, 128, 64),
+}
+WIDTH = {"sft": 1, "dpo": 2, "ppo": 1}  # sequences of a row
+ANSWERS: dict[str, tuple[str, ...]] = {"sft": ("completion",), "dpo": ("chosen", "rejected"), "ppo": ()}  # fields of a row
+REWARD = "reward"  # folder of ppo's reward model
+PEERS = {"sft": {"TRL": "sft"}, "dpo": {"TRL": "dpo", "TRL, reference cached": "dpo cached"}, "ppo": {"TRL": "ppo"}}
 
 
 def run(config: LoopsConfig) -> dict[str, Any]:
@@ -79,7 +98,7 @@ def run(config: LoopsConfig) -> dict[str, Any]:
 
 
 def measurements(config: LoopsConfig, plan: Plan) -> Iterator[Measurement]:
-    """The whole step of each loop, its parts, and dpo's reference."""
+    """The whole step of each loop, its parts, dpo's reference, and what ppo need not do."""
     for loop in config.loops:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -91,19 +110,27 @@ def measurements(config: LoopsConfig, plan: Plan) -> Iterator[Measurement]:
 
 
 def write_material(folder: Path, loop: str, shape: LoopShape) -> None:
-    """A model, its tokenizer and the rows of one step; every byte is a token, so that lengths are known."""
+    """A model, its tokenizer and the rows of one step; a letter is a token, so that lengths are known. For ppo also a reward
+    model, in `folder / "reward"`."""
+    ends = ["<|endoftext|>"]
+    if loop == "ppo":  # every token that the model may draw has a text
+        ends += [f"<{number}>" for number in range(shape.config.vocab_size - 257)]
+    tokenizer = train_tokenizer([string.ascii_lowercase], 256 + len(ends), ends)
     model = Model(shape.config)
-    model.tokenizer = train_tokenizer([string.ascii_lowercase], 257)
+    model.tokenizer = tokenizer
     model.save_pretrained(folder)
+    if loop == "ppo":
+        model = Model(shape.config, seed=1, head="scalar")
+        model.tokenizer = tokenizer
+        model.save_pretrained(folder / REWARD)
     draw = random.Random(0)
 
     def text(tokens: int) -> str:
         return "".join(draw.choices(string.ascii_lowercase, k=tokens))
 
-    answers = ("completion",) if loop == "sft" else ("chosen", "rejected")
     with (folder / "rows.jsonl").open("w") as file:
         for _ in range(shape.rows):
-            row = {"prompt": text(shape.prompt)} | {name: text(shape.length - shape.prompt - 1) for name in answers}
+            row = {"prompt": text(shape.prompt)} | {name: text(shape.answer - 1) for name in ANSWERS[loop]}
             file.write(json.dumps(row) + "\n")  # each answer is followed by the end token
 
 
@@ -136,13 +163,11 @@ class Clock:
 
         return timed
 
-    def scoring(self, score: Callable[..., Any]) -> Callable[..., Any]:
-        """`Model.score`: a forward, or without gradient the reference's."""
-        forward, reference = self.around(FORWARD, score), self.around(REFERENCE, score)
+    def of_reference(self, score: Callable[..., Any]) -> Callable[..., Any]:
+        """`Model.score` over all that dpo reads, with a sample of the FMA peak before and after."""
+        reference = self.around(REFERENCE, score)
 
         def timed(*arguments: Any, **options: Any) -> Any:
-            if torch.is_grad_enabled():
-                return forward(*arguments, **options)
             before = self.beside()
             result = reference(*arguments, **options)
             self.reference = self.parts[REFERENCE], statistics.mean((before, self.beside()))
@@ -150,11 +175,56 @@ class Clock:
 
         return timed
 
+    def stepping(self, step: Callable[[Generation], bool]) -> Callable[[Generation], bool]:
+        """`Generation.step`: one that reads prompts, or one in which every sequence gets a token."""
+
+        def timed(generation: Generation) -> bool:
+            before, begin = generation.prefilled, time.perf_counter()
+            result = step(generation)
+            part = DECODE if generation.prefilled == before else PREFILL
+            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - begin
+            return result
+
+        return timed
+
+    def scoring_again(self, gather: Callable[..., Episodes | None]) -> Callable[..., Episodes | None]:
+        """`gather`, and then the policy's log-probs of the answers, computed as a loop must that has none or others."""
+
+        def timed(run: Run, config: PpoConfig, model: Model, *arguments: Any) -> Episodes | None:
+            answers = gather(run, config, model, *arguments)
+            assert answers is not None  # a reward model scores every answer
+            parts, begin = dict(self.parts), time.perf_counter()
+            token_logprobs(model, answers.batch, config.micro_batch_tokens, config.temperature)
+            self.parts = {**parts, AGAIN: time.perf_counter() - begin}  # no part of the step, and no "score"
+            return answers
+
+        return timed
+
+
+def _graded(learning: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The first where gradients are kept, the second elsewhere."""
+    return lambda *arguments, **options: (learning if torch.is_grad_enabled() else otherwise)(*arguments, **options)
+
+
+def _to_the_end(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`Model.generate` with answers of full length: a model that knows nothing may draw the end token at any time."""
+    return lambda *arguments, **options: generate(*arguments, **options, stop_token_ids=[])
+
 
 def run_loop(
-    loop: str, folder: Path, shape: LoopShape, steps: int, micro_batch_tokens: int, clock: Clock, done: Callable[[float], None]
+    loop: str,
+    folder: Path,
+    shape: LoopShape,
+    steps: int,
+    micro_batch_tokens: int,
+    clock: Clock,
+    done: Callable[[float], None],
+    again: bool = False,
 ) -> None:
-    """So many steps of the loop; `done` is told the seconds of each when it is over, and `clock` has its parts then."""
+    """So many steps of the loop; `done` is told the seconds of each when it is over, and `clock` has its parts then.
+
+    again: compute ppo's old log-probs again in each step, which `clock` has as AGAIN; the seconds are without it.
+    """
     original = Run.steps
 
     def counted(self: Run, last: int) -> Iterator[int]:
@@ -162,7 +232,7 @@ def run_loop(
             clock.parts.clear()
             begin = time.perf_counter()
             yield step
-            done(time.perf_counter() - begin)
+            done(time.perf_counter() - begin - clock.parts.get(AGAIN, 0.0))
             if step == steps:
                 raise Enough
 
@@ -176,20 +246,36 @@ def run_loop(
         "save_steps": steps + 1,
         "learning_rate": 1e-5,
         "plot": False,
+        "overwrite": True,
     }
+    score, values = Model.score, Model.values
+    ungraded = clock.of_reference(score) if loop == "dpo" else clock.around(SCORE, score)
+    places: list[tuple[Any, str, Any]] = [
+        (Run, "steps", counted),
+        (Run, "update", clock.around(OPTIMIZER, Run.update)),
+        (Model, "score", _graded(clock.around(FORWARD, score), ungraded)),
+        (Model, "values", _graded(clock.around(FORWARD, values), clock.around(SCORE, values))),
+        (Model, "generate", clock.around(ROLLOUT, _to_the_end(Model.generate))),
+        (Model, "free_caches", clock.around(ROLLOUT, Model.free_caches)),
+        (Generation, "step", clock.stepping(Generation.step)),
+    ]
+    for function in (model_module._Score, model_module._Values):
+        places.append((function, "backward", staticmethod(clock.around(BACKWARD, function.backward))))
+    if again:
+        places.append((ppo_module, "gather", clock.scoring_again(ppo_module.gather)))
     with ExitStack() as stack:
         output = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(patch.object(Run, "steps", counted))
-        stack.enter_context(patch.object(Model, "score", clock.scoring(Model.score)))
-        backward = staticmethod(clock.around(BACKWARD, model_module._Score.backward))
-        stack.enter_context(patch.object(model_module._Score, "backward", backward))
-        stack.enter_context(patch.object(AdamW, "step", clock.around(OPTIMIZER, AdamW.step)))
+        for owner, name, timed in places:
+            stack.enter_context(patch.object(owner, name, timed))
         stack.enter_context(contextlib.suppress(Enough))
         if loop == "sft":
-            sft(SftConfig(output_dir=output, overwrite=True, **options))
+            sft(SftConfig(output_dir=output, **options))
+        elif loop == "dpo":
+            dpo(DpoConfig(output_dir=output, **options))
         else:
-            dpo(DpoConfig(output_dir=output, overwrite=True, **options))
+            reward = str(folder / REWARD)
+            ppo_module.ppo(PpoConfig(output_dir=output, reward_model=reward, max_completion_length=shape.answer, **options))
 
 
 # ---- memory
@@ -223,6 +309,7 @@ class Round:
     """A step of ours and what was measured beside it."""
 
     seconds: float
+    """Without AGAIN."""
     parts: Mapping[str, float]
     flops_s: float
     peers: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -251,77 +338,160 @@ def _rounds(
             own.peers[name] = trainer.seconds(), beside()
         rounds.append(own)
 
-    run_loop(loop, folder, shape, WARM_UP + plan.rounds, config.micro_batch_tokens, clock, done)
+    run_loop(loop, folder, shape, WARM_UP + plan.rounds, config.micro_batch_tokens, clock, done, again=loop == "ppo")
     return rounds[WARM_UP:], clock.reference
+
+
+def _peers(loop: str) -> list[str]:
+    """Those of TRL's trainers that the TRL at hand has; says so where it has none."""
+    if not trl.installed():
+        return []
+    offered = [name for name, trainer in PEERS[loop].items() if trl.offers(trainer)]
+    if not offered:
+        told = f"TRL {trl.version()} has no trainer for {loop} (the last with PPO is 1.12): ours is measured alone"
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+    return offered
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done in a step, or a part of it.
+
+    Args:
+        unit: of the rates. amount: of work, in flops, bytes or tokens.
+        limit: (flops a second, bytes a second) -> seconds that it takes at least.
+    """
+
+    unit: Literal["GFLOP/s", "GB/s", "tokens/s"]
+    amount: float
+    limit: Callable[[float, float], float]
+
+    @classmethod
+    def of_flops(cls, flops: float) -> Work:
+        return cls("GFLOP/s", flops, lambda flops_s, _: flops / flops_s)
+
+    @classmethod
+    def of_bytes(cls, count: float) -> Work:
+        return cls("GB/s", count, lambda _, bytes_s: count / bytes_s)
+
+    @classmethod
+    def of_tokens(cls, tokens: int, parts: Sequence[Work]) -> Work:
+        """So many tokens, made by all the parts one after the other."""
+        return cls("tokens/s", tokens, lambda *ceilings: sum(part.limit(*ceilings) for part in parts))
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.unit == "tokens/s" else 1e-9
+
+
+def works(loop: str, shape: LoopShape) -> dict[str, Work]:
+    """The step, its parts, and what is measured beside them."""
+    sequences = WIDTH[loop] * shape.rows
+    size = {head: _core.Transformer(shape.config.core_fields(head)).size for head in ("lm", "scalar")}
+    flops = model_flops(shape.config, size["lm"], sequences, shape.length)
+    if loop != "ppo":
+        return {
+            "step": Work.of_flops(flops),
+            FORWARD: Work.of_flops(flops / 3),
+            BACKWARD: Work.of_flops(flops * 2 / 3),
+            OPTIMIZER: Work.of_bytes(OPTIMIZER_BYTES * size["lm"]),
+            REFERENCE: Work.of_flops(flops / 3),
+        }
+    # Of a model with a scalar head the embedding is looked up only: no product.
+    products = size["scalar"] - shape.config.vocab_size * shape.config.hidden_size
+    scalar = model_flops(shape.config, products, sequences, shape.length)
+    model, steps = Model(shape.config), shape.answer - 1  # the step that reads the prompts gives the first token
+    context = shape.prompt + (steps - 1) / 2  # on average
+    decode = Work(
+        "tokens/s", shape.rows * steps, lambda *ceilings: steps * limit_of_step(model, shape.rows, context, *ceilings)
+    )
+    prefill = Work.of_flops(flops_of_prompts(model, shape.rows, shape.prompt))
+    parts = {
+        ROLLOUT: Work.of_tokens(shape.rows * shape.answer, [prefill, decode]),
+        SCORE: Work.of_flops((flops + 2 * scalar) / 3),  # reference; reward model and critic
+        FORWARD: Work.of_flops((flops + scalar) / 3),
+        BACKWARD: Work.of_flops((flops + scalar) * 2 / 3),
+        OPTIMIZER: Work.of_bytes(OPTIMIZER_BYTES * (size["lm"] + size["scalar"])),
+    }
+    whole = Work.of_tokens(shape.rows * shape.answer, list(parts.values()))
+    return {"step": whole, **parts, PREFILL: prefill, DECODE: decode, AGAIN: Work.of_flops(flops / 3)}
 
 
 def _measured(config: LoopsConfig, plan: Plan, loop: str, folder: Path) -> Iterator[Measurement]:
     shape, threads = SHAPES[loop], torch.get_num_threads()
-    peers = list(PEERS[loop]) if config.peers and trl.installed() else []
+    peers = _peers(loop) if config.peers else []
     # Not between the steps: what it reads, 256 MiB, would push the loop's own memory out of the core's store, and the next
     # step would pay for fresh pages.
     read = gauge("GB/s", threads, plan.seconds)
     before = read()
     rounds, reference = _rounds(config, plan, loop, folder, peers)
     bytes_s = 1e9 * statistics.mean((before, read()))
-    parameters = _core.Transformer(shape.config.core_fields("lm")).size
-    flops = model_flops(shape.config, parameters, WIDTH[loop] * shape.rows, shape.length)
     what = f"{WIDTH[loop] * shape.rows}x{shape.length}"
-    whole = _whole(loop, what, flops, rounds, peers)
+    work = works(loop, shape)
+    whole = _whole(loop, what, work["step"], rounds, bytes_s, peers)
     if config.memory:
         arguments = (loop, asdict(shape) | {"config": shape.config.to_dict()}, str(folder), config.micro_batch_tokens)
         whole.extra["peak GiB"] = {n: peak_bytes(two_steps, n, *arguments, threads=threads) / 2**30 for n in (OURS, *peers)}
     yield whole
-    flops_s = [r.flops_s for r in rounds]
-    cases: list[tuple[str, Unit, float, list[float]]] = [
-        (FORWARD, "GFLOP/s", flops / 3, flops_s),
-        (BACKWARD, "GFLOP/s", flops * 2 / 3, flops_s),
-        (OPTIMIZER, "GB/s", OPTIMIZER_BYTES * parameters, [bytes_s] * len(rounds)),
-    ]
-    for part, unit, work, ceiling in cases:
-        yield _part(loop, part, what, unit, work, [r.parts[part] for r in rounds], ceiling)
+    for part in (*PARTS[loop], *((PREFILL, DECODE, AGAIN) if loop == "ppo" else ())):
+        ceilings = [(r.flops_s, bytes_s) for r in rounds]
+        extra = {} if part != AGAIN else {"% of the step": {"saved": _shares(rounds, part)}}
+        yield _part(loop, part, what, work[part], [r.parts[part] for r in rounds], ceilings, extra)
     if reference is not None:
         taken, peak = reference
-        yield _part(loop, REFERENCE, what, "GFLOP/s", flops / 3, [taken], [1e9 * peak])
+        yield _part(loop, REFERENCE, what, work[REFERENCE], [taken], [(1e9 * peak, bytes_s)], {})
 
 
-def _whole(loop: str, shape: str, flops: float, rounds: Sequence[Round], peers: Sequence[str]) -> Measurement:
+def _whole(loop: str, shape: str, work: Work, rounds: Sequence[Round], bytes_s: float, peers: Sequence[str]) -> Measurement:
     """The step, ours and the peers'; how much of ours each part takes; and its seconds."""
     seconds = {OURS: [r.seconds for r in rounds]} | {name: [r.peers[name][0] for r in rounds] for name in peers}
-    ceilings = {OURS: [r.flops_s for r in rounds]} | {name: [r.peers[name][1] for r in rounds] for name in peers}
-    shares = {part: [100 * r.parts[part] / r.seconds for r in rounds] for part in PARTS}
-    shares["other"] = [100 - sum(each) for each in zip(*shares.values(), strict=True)]
+    flops_s = {OURS: [r.flops_s for r in rounds]} | {name: [r.peers[name][1] for r in rounds] for name in peers}
+    each = {
+        name: _part(loop, "step", shape, work, seconds[name], [(f, bytes_s) for f in flops_s[name]], {}) for name in seconds
+    }
+    shares = {part: _shares(rounds, part) for part in PARTS[loop]}
+    rest = [100 - sum(100 * r.parts[part] / r.seconds for part in PARTS[loop]) for r in rounds]
     return Measurement(
         loop,
         "step",
         shape,
-        "GFLOP/s",
-        Spread.of([1e-9 * peak for peak in ceilings[OURS]]),
-        {name: Spread.of([1e-9 * flops / s for s in taken]) for name, taken in seconds.items()},
-        {name: _fractions(flops, taken, ceilings[name]) for name, taken in seconds.items()},
+        work.unit,
+        each[OURS].ceiling,
+        {name: m.rates[OURS] for name, m in each.items()},
+        {name: m.fractions[OURS] for name, m in each.items()},
         {name: Spread.of([its / mine for its, mine in zip(seconds[name], seconds[OURS], strict=True)]) for name in peers},
         {
             "seconds": {name: Spread.of(taken) for name, taken in seconds.items()},
-            "% of the step": {part: Spread.of(share) for part, share in shares.items()},
+            "% of the step": {**shares, "other": Spread.of(rest)},
         },
     )
 
 
+def _shares(rounds: Sequence[Round], part: str) -> Spread:
+    """The part's seconds in percent of the step's."""
+    return Spread.of([100 * r.parts[part] / r.seconds for r in rounds])
+
+
 def _part(
-    loop: str, part: str, shape: str, unit: Unit, work: float, seconds: Sequence[float], ceiling: Sequence[float]
+    loop: str,
+    part: str,
+    shape: str,
+    work: Work,
+    seconds: Sequence[float],
+    ceilings: Sequence[tuple[float, float]],
+    extra: dict[str, dict[str, Any]],
 ) -> Measurement:
+    """Ours alone. ceilings: (flops a second, bytes a second) beside each of the seconds."""
+    limits = [work.limit(*ceiling) for ceiling in ceilings]
+    amount = work.scale * work.amount
     return Measurement(
         loop,
         part,
         shape,
-        unit,
-        Spread.of([1e-9 * peak for peak in ceiling]),
-        {OURS: Spread.of([1e-9 * work / s for s in seconds])},
-        {OURS: _fractions(work, seconds, ceiling)},
+        work.unit,
+        Spread.of([amount / limit for limit in limits]),
+        {OURS: Spread.of([amount / s for s in seconds])},
+        {OURS: Spread.of([limit / s for limit, s in zip(limits, seconds, strict=True)])},
         {},
-        {},
+        extra,
     )
-
-
-def _fractions(work: float, seconds: Sequence[float], ceiling: Sequence[float]) -> Spread:
-    return Spread.of([work / s / peak for s, peak in zip(seconds, ceiling, strict=True)])

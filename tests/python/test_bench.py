@@ -37,10 +37,12 @@ from tutelage.bench import (
 )
 from tutelage.bench.measure import Case, Plan
 from tutelage.config import ModelConfig
-from tutelage.data.examples import Batches, load_preferences, load_sft
+from tutelage.data.examples import Batches, load_preferences, load_prompts, load_sft
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
 from tutelage.optimizer import AdamW
+from tutelage.rollouts import Generation
+from tutelage.train import ppo as ppo_module
 from tutelage.train.run import Run
 
 TINY: dict[str, tuple[int, ...]] = {
@@ -75,8 +77,10 @@ TINY_LLAMA = train.TrainShape(
     16,
 )
 TINY_LOOPS = {
-    loop: loops.LoopShape(dataclasses.replace(TINY_LLAMA.config, vocab_size=300, max_position_embeddings=32), rows, length)
-    for loop, rows, length in (("sft", 2, 32), ("dpo", 3, 24))
+    loop: loops.LoopShape(
+        dataclasses.replace(TINY_LLAMA.config, vocab_size=300, max_position_embeddings=32), rows, length, prompt
+    )
+    for loop, rows, length, prompt in (("sft", 2, 32, 8), ("dpo", 3, 24, 6), ("ppo", 4, 24, 12))
 }
 
 
@@ -419,6 +423,13 @@ def test_rows_of_the_loops_have_the_tokens_that_are_counted(loop: str, tmp_path:
     shape = TINY_LOOPS[loop]
     loops.write_material(tmp_path, loop, shape)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
+    if loop == "ppo":
+        prompts = load_prompts(tmp_path / "rows.jsonl", tokenizer, shape.length, answer=shape.answer).examples
+        assert [len(prompt.tokens) for prompt in prompts] == [shape.prompt] * shape.rows
+        assert tokenizer.vocab_size == shape.config.vocab_size
+        reward = Model.from_pretrained(tmp_path / "reward")
+        assert reward.head == "scalar" and reward.config == shape.config
+        return
     if loop == "sft":
         sequences = list(load_sft(tmp_path / "rows.jsonl", tokenizer, shape.length).examples)
     else:
@@ -426,7 +437,7 @@ def test_rows_of_the_loops_have_the_tokens_that_are_counted(loop: str, tmp_path:
         sequences = [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
     assert len(sequences) == shape.rows * loops.WIDTH[loop]
     for sequence in sequences:
-        assert len(sequence.tokens) == shape.length and sequence.mask.sum() == shape.length - shape.length // 4
+        assert len(sequence.tokens) == shape.length and sequence.mask.sum() == shape.answer
 
 
 def later(function: Any, seconds: float) -> Any:
@@ -438,31 +449,88 @@ def later(function: Any, seconds: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "part"),
+    ("loop", "owner", "name", "part"),
     [
-        (Model, "score", "forward"),
-        (model_module._Score, "backward", "backward"),
-        (AdamW, "step", "optimizer"),
-        (Batches, "take", "other"),
+        ("sft", Model, "score", {"forward"}),
+        ("sft", model_module._Score, "backward", {"backward"}),
+        ("sft", AdamW, "step", {"optimizer"}),
+        ("sft", Batches, "take", {"other"}),
+        ("ppo", Model, "score", {"forward", "score"}),
+        ("ppo", Model, "values", {"forward", "score"}),
+        ("ppo", model_module._Score, "backward", {"backward"}),
+        ("ppo", model_module._Values, "backward", {"backward"}),
+        ("ppo", AdamW, "grad_norm", {"optimizer"}),
+        ("ppo", Model, "generate", {"rollout"}),
+        ("ppo", Model, "free_caches", {"rollout"}),
+        ("ppo", ppo_module, "advantages_of", {"other"}),
     ],
 )
 def test_a_slow_part_of_a_step_shows_as_itself(
-    owner: Any, name: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loop: str, owner: Any, name: str, part: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loops.write_material(tmp_path, "sft", TINY_LOOPS["sft"])
+    shape = TINY_LOOPS[loop]
+    loops.write_material(tmp_path, loop, shape)
     slow = later(getattr(owner, name), 0.1)
     monkeypatch.setattr(owner, name, staticmethod(slow) if name == "backward" else slow)
     clock, steps = loops.Clock(lambda: 1.0), list[dict[str, float]]()
 
     def done(seconds: float) -> None:
-        steps.append({**clock.parts, "other": seconds - sum(clock.parts.values())})
+        own = {name: clock.parts[name] for name in loops.PARTS[loop]}
+        steps.append({**own, "other": seconds - sum(own.values())})
 
-    loops.run_loop("sft", tmp_path, TINY_LOOPS["sft"], 3, 8192, clock, done)
+    loops.run_loop(loop, tmp_path, shape, 3, 8192, clock, done)
     assert len(steps) == 3 and clock.reference is None
     for parts in steps[1:]:
-        assert parts.keys() == {"forward", "backward", "optimizer", "other"}
-        assert parts[part] > 0.1
-        assert sum(parts.values()) - parts[part] < 0.1  # of a model that takes a millisecond
+        assert {name for name, seconds in parts.items() if seconds > 0.1} == part  # of a model that takes a millisecond
+
+
+def test_answers_of_ppo_have_their_full_length_and_old_logprobs_cost_a_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = TINY_LOOPS["ppo"]
+    loops.write_material(tmp_path, "ppo", shape)
+    monkeypatch.setattr(ppo_module, "stops", lambda *_: range(300))  # whatever is drawn would end an answer
+    noted, told = list[dict[str, float]](), list[dict[str, float]]()
+    log = Run.log
+    monkeypatch.setattr(Run, "log", lambda self, *a, **k: (told.append(k), log(self, *a, **k)))
+    slow = later(loops.token_logprobs, 0.2)
+    monkeypatch.setattr(loops, "token_logprobs", slow)  # as the bench calls it, not the loop
+    clock = loops.Clock(lambda: 1.0)
+    for again in (False, True):
+        noted.clear()
+        loops.run_loop(
+            "ppo", tmp_path, shape, 2, 8192, clock, lambda seconds: noted.append({"step": seconds, **clock.parts}), again=again
+        )
+        assert all((loops.AGAIN in parts) == again and parts["step"] < 0.2 for parts in noted)
+        assert not again or all(parts[loops.AGAIN] > 0.2 > parts["score"] for parts in noted)
+        assert all(0 < parts["prefill"] + parts["decode"] < parts["rollout"] for parts in noted)
+    for figures in told:
+        assert figures["completions/min_length"] == figures["completions/max_length"] == shape.answer
+        assert figures["val/ratio"] == 1.0
+    assert told[:2] == told[2:]  # what is computed again changes nothing
+
+
+def test_work_of_a_step_of_ppo_by_hand() -> None:
+    shape = TINY_LOOPS["ppo"]
+    work = loops.works("ppo", shape)
+    lm, vocabulary = Model(shape.config).params.numel(), 300 * 48
+    attention, tokens = 6 * 2 * 48 * 24, 4 * 24
+    policy, critic = ((6 * n + attention) * tokens for n in (lm, lm - vocabulary + 48))
+    assert work["forward"].amount * 3 == policy + critic and work["backward"].amount == 2 * work["forward"].amount
+    assert work["score"].amount * 3 == policy + 2 * critic and work[loops.AGAIN].amount * 3 == policy
+    assert work["optimizer"].amount == 32 * (2 * lm + 48)
+    matrices = lm - 5 * 48  # without the norms
+    prompts = 4 * 12 * (2 * (matrices - vocabulary) + 4 * 2 * 48 * 6) + 4 * 2 * vocabulary
+    assert work["prefill"].amount == prompts
+    # Every step reads the weights and each sequence's keys and values, 16 wide in each of 2 layers; first 12 of them, last 22.
+    read = 11 * (4 * matrices + 4 * 17 * 2 * 2 * 16 * 4)
+    decode = work["decode"]
+    assert decode.amount == 4 * 11 and work["rollout"].amount == work["step"].amount == 4 * 12
+    assert decode.limit(1e30, 1e9) == pytest.approx(1e-9 * read, rel=0.05)  # packed weights are padded
+    assert decode.limit(1e9, 1e30) == pytest.approx(1e-9 * 4 * 11 * (2 * matrices + 4 * 2 * 48 * 17))
+    assert work["rollout"].limit(1e9, 1e9) == pytest.approx(1e-9 * prompts + decode.limit(1e9, 1e9))
+    parts = [work[part] for part in loops.PARTS["ppo"]]
+    assert work["step"].limit(2e9, 1e9) == pytest.approx(sum(part.limit(2e9, 1e9) for part in parts))
 
 
 class FakeTrainer:
@@ -481,21 +549,37 @@ class FakeTrainer:
         return 2.0
 
 
+def patched() -> list[Any]:
+    """What the clock is put around."""
+    functions = [scored.__dict__["backward"] for scored in (model_module._Score, model_module._Values)]
+    methods = [Model.score, Model.values, Model.generate, Model.free_caches, Generation.step, Run.steps, Run.update]
+    return [*functions, *methods, ppo_module.gather]
+
+
 def test_bench_loops(tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl, "installed", lambda: True)
+    monkeypatch.setattr(trl, "offers", lambda name: True)
     monkeypatch.setattr(trl, "Trainer", FakeTrainer)
     FakeTrainer.made.clear()
     FakeTrainer.steps.clear()
-    before = Model.score, model_module._Score.__dict__["backward"], AdamW.step, Run.steps
+    before = patched()
     line = bench.run(LoopsConfig(rounds=2))
-    assert (Model.score, model_module._Score.__dict__["backward"], AdamW.step, Run.steps) == before
+    assert patched() == before
     check(line, capsys.readouterr().out)
     parts = ["step", "forward", "backward", "optimizer"]
+    trying = ["step", "rollout", "score", *parts[1:], "prefill", "decode", "old log-probs again"]
     cases = [(m["kernel"], m["phase"], m["shape"]) for m in line["results"]]
-    assert cases == [("sft", part, "2x32") for part in parts] + [("dpo", part, "6x24") for part in (*parts, "reference")]
-    assert FakeTrainer.made == ["sft", "dpo", "dpo cached"]
-    assert FakeTrainer.steps == ["sft"] * 4 + ["dpo", "dpo cached"] * 4  # two of them to warm up, in turn with ours
+    assert cases == (
+        [("sft", part, "2x32") for part in parts]
+        + [("dpo", part, "6x24") for part in (*parts, "reference")]
+        + [("ppo", part, "4x24") for part in trying]
+    )
+    assert FakeTrainer.made == ["sft", "dpo", "dpo cached", "ppo"]
+    # Two of each to warm up, in turn with ours.
+    assert FakeTrainer.steps == ["sft"] * 4 + ["dpo", "dpo cached"] * 4 + ["ppo"] * 4
     for m in line["results"]:
+        if m["phase"] == "old log-probs again":
+            assert 0 < m["extra"].pop("% of the step")["saved"]["low"] < 100
         if m["phase"] != "step":
             assert m["ratios"] == m["extra"] == {}
             continue
@@ -503,7 +587,8 @@ def test_bench_loops(tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch
         shape = TINY_LOOPS[m["kernel"]]
         sequences = shape.rows * loops.WIDTH[m["kernel"]]
         flops = train.model_flops(shape.config, Model(shape.config).params.numel(), sequences, shape.length)
-        assert m["rates"]["TRL"]["median"] == pytest.approx(1e-9 * flops / 2)
+        amount = shape.rows * shape.answer if m["kernel"] == "ppo" else 1e-9 * flops
+        assert m["rates"]["TRL"]["median"] == pytest.approx(amount / 2)
         assert m["ratios"]["TRL"]["median"] == pytest.approx(2 / m["extra"]["seconds"]["ours"]["median"], rel=0.5)
         shares = m["extra"]["% of the step"]
         assert all(share["low"] > 0 for share in shares.values())
@@ -518,6 +603,24 @@ def test_bench_loops_alone(tiny: None, capsys: pytest.CaptureFixture[str]) -> No
     assert line["results"][0]["ratios"] == {} and "peak GiB" not in line["results"][0]["extra"]
     with pytest.raises(ValueError, match="micro_batch_tokens must be at least 1, but it is 0"):
         bench.run(LoopsConfig(micro_batch_tokens=0))
+
+
+def test_a_trl_without_a_ppo_trainer_is_said_and_no_error(
+    tiny: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "trl"
+    (package / "experimental").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('not to be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(trl.importlib.metadata, "version", {"trl": "1.16.0"}.__getitem__)
+    assert trl.installed() and trl.offers("sft") and trl.offers("dpo cached") and not trl.offers("ppo")
+    line = bench.run(LoopsConfig(loops=("ppo",), rounds=1, memory=False))
+    printed = capsys.readouterr()
+    check(line, printed.out)
+    assert line["results"][0]["ratios"] == {}
+    assert "TRL 1.16.0 has no trainer for ppo (the last with PPO is 1.12): ours is measured alone\n" in printed.err
+    (package / "experimental" / "ppo").mkdir()
+    assert trl.offers("ppo")
 
 
 @pytest.mark.parametrize("loop", TINY_LOOPS)
