@@ -43,7 +43,7 @@ from . import LoopsConfig, trl
 from .ceilings import gauge
 from .measure import OURS, Measurement, Plan, Spread, report
 from .memory import peak_bytes
-from .rollout import flops_of_prompts, limit_of_step
+from .rollout import bytes_of_step, flops_of_prompts, flops_of_token
 from .train import SMOLLM2_135M, model_flops
 
 FORWARD, BACKWARD, OPTIMIZER, REFERENCE = "forward", "backward", "optimizer", "reference"
@@ -358,7 +358,8 @@ class Work:
     """What is done in a step, or a part of it.
 
     Args:
-        unit: of the rates. amount: of work, in flops, bytes or tokens.
+        unit: of the rates.
+        amount: flops, bytes or tokens.
         limit: (flops a second, bytes a second) -> seconds that it takes at least.
     """
 
@@ -378,6 +379,13 @@ class Work:
     def of_tokens(cls, tokens: int, parts: Sequence[Work]) -> Work:
         """So many tokens, made by all the parts one after the other."""
         return cls("tokens/s", tokens, lambda *ceilings: sum(part.limit(*ceilings) for part in parts))
+
+    @classmethod
+    def of_steps(cls, model: Model, batch: int, context: int, steps: int) -> Work:
+        """Steps in each of which every sequence gets a token, in the first one behind `context` others."""
+        average = context + (steps - 1) / 2
+        flops, count = batch * flops_of_token(model, average), bytes_of_step(model, batch, average)
+        return cls("tokens/s", batch * steps, lambda flops_s, bytes_s: steps * max(flops / flops_s, count / bytes_s))
 
     @property
     def scale(self) -> float:
@@ -400,12 +408,9 @@ def works(loop: str, shape: LoopShape) -> dict[str, Work]:
     # Of a model with a scalar head the embedding is looked up only: no product.
     products = size["scalar"] - shape.config.vocab_size * shape.config.hidden_size
     scalar = model_flops(shape.config, products, sequences, shape.length)
-    model, steps = Model(shape.config), shape.answer - 1  # the step that reads the prompts gives the first token
-    context = shape.prompt + (steps - 1) / 2  # on average
-    decode = Work(
-        "tokens/s", shape.rows * steps, lambda *ceilings: steps * limit_of_step(model, shape.rows, context, *ceilings)
-    )
+    model = Model(shape.config)
     prefill = Work.of_flops(flops_of_prompts(model, shape.rows, shape.prompt))
+    decode = Work.of_steps(model, shape.rows, shape.prompt, shape.answer - 1)  # reading the prompts gives the first token
     parts = {
         ROLLOUT: Work.of_tokens(shape.rows * shape.answer, [prefill, decode]),
         SCORE: Work.of_flops((flops + 2 * scalar) / 3),  # reference; reward model and critic

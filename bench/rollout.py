@@ -103,11 +103,6 @@ def flops_of_prompts(model: Model, sequences: int, length: int) -> float:
     return sequences * length * (flops_of_token(model, length / 2) - head) + sequences * head
 
 
-def limit_of_step(model: Model, batch: int, context: float, flops_s: float, bytes_s: float) -> float:
-    """Seconds that a step takes at least in which every sequence, `context` tokens long, gets one more."""
-    return max(bytes_of_step(model, batch, context) / bytes_s, batch * flops_of_token(model, context) / flops_s)
-
-
 def prefill(model: Model, plan: Plan, sequences: int = 4, length: int = 512) -> Measurement:
     """Reading prompts; see :func:`flops_of_prompts`."""
     prompts = prompts_of(model.config, sequences, length)
@@ -143,7 +138,7 @@ def decoding(model: Model, peers: Mapping[str, Peer], batch: int, plan: Plan) ->
             before = peak(), read()
             steps, seconds, context = ours.window()
             flops_s, bytes_s = (1e9 * statistics.mean(pair) for pair in zip(before, (peak(), read()), strict=True))
-            limit = limit_of_step(model, batch, context, flops_s, bytes_s)
+            limit = max(bytes_of_step(model, batch, context) / bytes_s, batch * flops_of_token(model, context) / flops_s)
             rooflines.append(batch / limit)
             rates[OURS].append(batch * steps / seconds)
             fractions[OURS].append(limit * steps / seconds)

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 
-LOSSES = {"sft": ("SFT", {}), "dpo": ("DPO", {}), "dpo cached": ("DPO", {"precompute_ref_log_probs": True}), "ppo": ("PPO", {})}
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("SFT", {}),
+    "dpo": ("DPO", {}),
+    "dpo cached": ("DPO", {"precompute_ref_log_probs": True}),
+    "ppo": ("PPO", {"num_ppo_epochs": 1, "num_sample_generations": 0, "temperature": 1.0, "stop_token": None}),
+}
 """Name -> (which trainer, its options). DPOTrainer runs the reference in every step unless it is told not to."""
 
 
@@ -61,17 +66,13 @@ class Trainer:
             tokenizer.pad_token = tokenizer.eos_token  # it insists on one, and pads nothing
             data = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in data]
             models = {"ref_model": policy(), "reward_model": judge(), "value_model": judge()}
-            options = {
+            sizes = {
                 "response_length": max_length - len(data[0]["input_ids"]),
-                "num_ppo_epochs": 1,
                 "total_episodes": batch_size,
                 "local_rollout_forward_batch_size": batch_size,
-                "num_sample_generations": 0,
-                "temperature": 1.0,
-                "stop_token": None,
             }
         else:
-            options = {"max_length": max_length, "max_steps": 1, **options}
+            sizes = {"max_length": max_length, "max_steps": 1}
         arguments = getattr(trl, f"{kind}Config")(
             output_dir=str(folder / "trl"),
             per_device_train_batch_size=batch_size,
@@ -81,6 +82,7 @@ class Trainer:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **sizes,
             **options,
         )
         with contextlib.redirect_stdout(io.StringIO()):

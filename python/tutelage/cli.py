@@ -115,7 +115,7 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.bench:run",
     ),
     "bench loops": Command(
-        "Measure steps of sft and dpo part by part, and against TRL.",
+        "Measure steps of sft, dpo and ppo part by part, and against TRL.",
         "tutelage.bench:LoopsConfig",
         "tutelage.bench:run",
     ),

@@ -428,7 +428,7 @@ def test_rows_of_the_loops_have_the_tokens_that_are_counted(loop: str, tmp_path:
         assert [len(prompt.tokens) for prompt in prompts] == [shape.prompt] * shape.rows
         assert tokenizer.vocab_size == shape.config.vocab_size
         reward = Model.from_pretrained(tmp_path / "reward")
-        assert reward.head == "scalar" and reward.config == shape.config
+        assert reward.head == "scalar" and reward.params.numel() == Model(shape.config).params.numel() + 48
         return
     if loop == "sft":
         sequences = list(load_sft(tmp_path / "rows.jsonl", tokenizer, shape.length).examples)
@@ -522,11 +522,11 @@ def test_work_of_a_step_of_ppo_by_hand() -> None:
     matrices = lm - 5 * 48  # without the norms
     prompts = 4 * 12 * (2 * (matrices - vocabulary) + 4 * 2 * 48 * 6) + 4 * 2 * vocabulary
     assert work["prefill"].amount == prompts
-    # Every step reads the weights and each sequence's keys and values, 16 wide in each of 2 layers; first 12 of them, last 22.
-    read = 11 * (4 * matrices + 4 * 17 * 2 * 2 * 16 * 4)
+    # Behind 12 tokens in the first step and 22 in the last.
+    read = 11 * rollout.bytes_of_step(Model(shape.config), 4, 17)
     decode = work["decode"]
     assert decode.amount == 4 * 11 and work["rollout"].amount == work["step"].amount == 4 * 12
-    assert decode.limit(1e30, 1e9) == pytest.approx(1e-9 * read, rel=0.05)  # packed weights are padded
+    assert decode.limit(1e30, 1e9) == pytest.approx(1e-9 * read)
     assert decode.limit(1e9, 1e30) == pytest.approx(1e-9 * 4 * 11 * (2 * matrices + 4 * 2 * 48 * 17))
     assert work["rollout"].limit(1e9, 1e9) == pytest.approx(1e-9 * prompts + decode.limit(1e9, 1e9))
     parts = [work[part] for part in loops.PARTS["ppo"]]
@@ -611,8 +611,10 @@ def test_a_trl_without_a_ppo_trainer_is_said_and_no_error(
     package = tmp_path / "trl"
     (package / "experimental").mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('not to be imported')")
+    (tmp_path / "trl-1.16.0.dist-info").mkdir()
+    (tmp_path / "trl-1.16.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 1.16.0\n")
+    monkeypatch.delitem(sys.modules, "trl", raising=False)  # the real one, where another test has used it
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(trl.importlib.metadata, "version", {"trl": "1.16.0"}.__getitem__)
     assert trl.installed() and trl.offers("sft") and trl.offers("dpo cached") and not trl.offers("ppo")
     line = bench.run(LoopsConfig(loops=("ppo",), rounds=1, memory=False))
     printed = capsys.readouterr()
