@@ -35,7 +35,7 @@ from tutelage.rollouts import Generation
 from tutelage.train import ppo as ppo_module
 from tutelage.train.configs import DpoConfig, PpoConfig, SftConfig
 from tutelage.train.dpo import dpo
-from tutelage.train.experience import Episodes, token_logprobs
+from tutelage.train.experience import Episodes, gather, token_logprobs
 from tutelage.train.run import Run
 from tutelage.train.sft import sft
 
@@ -187,11 +187,11 @@ class Clock:
 
         return timed
 
-    def scoring_again(self, gather: Callable[..., Episodes | None]) -> Callable[..., Episodes | None]:
+    def scoring_again(self, collect: Callable[..., Episodes | None]) -> Callable[..., Episodes | None]:
         """`gather`, and then the policy's log-probs of the answers, computed as a loop must that has none or others."""
 
         def timed(run: Run, config: PpoConfig, model: Model, *arguments: Any) -> Episodes | None:
-            answers = gather(run, config, model, *arguments)
+            answers = collect(run, config, model, *arguments)
             assert answers is not None  # a reward model scores every answer
             parts, begin = dict(self.parts), time.perf_counter()
             token_logprobs(model, answers.batch, config.micro_batch_tokens, config.temperature)
@@ -262,7 +262,7 @@ def run_loop(
     for function in (model_module._Score, model_module._Values):
         places.append((function, "backward", staticmethod(clock.around(BACKWARD, function.backward))))
     if again:
-        places.append((ppo_module, "gather", clock.scoring_again(ppo_module.gather)))
+        places.append((ppo_module, "gather", clock.scoring_again(gather)))
     with ExitStack() as stack:
         output = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

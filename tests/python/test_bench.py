@@ -478,9 +478,9 @@ def test_a_slow_part_of_a_step_shows_as_itself(
         own = {name: clock.parts[name] for name in loops.PARTS[loop]}
         steps.append({**own, "other": seconds - sum(own.values())})
 
-    loops.run_loop(loop, tmp_path, shape, 3, 8192, clock, done)
-    assert len(steps) == 3 and clock.reference is None
-    for parts in steps[1:]:
+    loops.run_loop(loop, tmp_path, shape, 2, 8192, clock, done)
+    assert len(steps) == 2 and clock.reference is None
+    for parts in steps[1:]:  # the first one warms up
         assert {name for name, seconds in parts.items() if seconds > 0.1} == part  # of a model that takes a millisecond
 
 
