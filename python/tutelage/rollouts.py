@@ -238,8 +238,8 @@ class Generation:
         tokenizer = self._model.tokenizer
         assert tokenizer is not None
         if reason == "stop":
-            return tokenizer.decode(tokens[:-1])
-        text = tokenizer.decode(tokens)
+            return tokenizer.decode(tokens[:-1], errors="replace")
+        text = tokenizer.decode(tokens, errors="replace")
         if reason == "string":
             spelled = text.encode()
             starts = [at for at in (spelled.find(stop) for stop in self._stop_strings) if at >= 0]

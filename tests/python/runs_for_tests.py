@@ -10,10 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from chats_for_tests import CHATML, save_tokenizer
 from forked import Forker
 from tutelage import Model, ModelConfig, Tokenizer
 from tutelage.files import newest_complete
+
+
+def kill_rounds(few: int, many: int) -> pytest.MarkDecorator:
+    """How often a test kills: `few` rounds in the slow tier, `many` in the long one, whose loops come to 500 kills."""
+    return pytest.mark.parametrize(
+        "rounds", [pytest.param(few, marks=pytest.mark.slow, id="few"), pytest.param(many, marks=pytest.mark.soak, id="many")]
+    )
 
 
 def save_model(folder: Path, template: str | None = CHATML, seed: int = 0, **options: Any) -> Path:

@@ -129,7 +129,7 @@ def test_a_group_of_commands_shows_its_own(capsys: pytest.CaptureFixture[str], a
     [
         (["pretran"], "unknown command 'pretran'; did you mean 'pretrain'?"),
         (["bench", "xyz"], "unknown command 'bench'; there are bench kernels, bench train"),
-        (["xyz"], "unknown command 'xyz'; there are tokenizer, pretrain"),
+        (["xyz"], "unknown command 'xyz'; there are school, tokenizer, pretrain"),
         (["pretrain", "--config"], "--config needs a file"),
         (["pretrain", "--config", "/no/such.yaml"], "No such file or directory: '/no/such.yaml'"),
     ],

@@ -20,7 +20,7 @@ import torch
 from chats_for_tests import turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, killed_and_resumed, save_model, uninterrupted, weights, write_rows
+from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, save_model, uninterrupted, weights, write_rows
 from tutelage import Model, load_preferences, load_unpaired, objectives, pack
 from tutelage.cli import main
 from tutelage.data.examples import Example
@@ -523,11 +523,11 @@ def test_a_kill_while_the_reference_is_written_changes_no_bit(wholes: Wholes, ki
         assert killed("sigmoid", {"operation": operation}) == wholes("sigmoid").digest
 
 
-@pytest.mark.slow
+@kill_rounds(2, 10)
 @every_method
-def test_many_kills(method: str, wholes: Wholes, killed: Killed) -> None:
-    moments, whole = random.Random(2), wholes(method)
-    for _ in range(2):
+def test_many_kills(method: str, wholes: Wholes, killed: Killed, rounds: int) -> None:
+    moments, whole = random.Random(rounds), wholes(method)
+    for _ in range(rounds):
         assert killed(method, {"point": moments.randint(1, whole.points)}) == whole.digest
         assert killed(method, {"operation": moments.randint(1, whole.operations)}) == whole.digest
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from chats_for_tests import turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, killed_and_resumed, uninterrupted, weights, write_rows
+from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, uninterrupted, weights, write_rows
 from trying_for_tests import (
     ANSWER,
     Watched,
@@ -861,12 +861,12 @@ def test_a_resume_that_forgets_where_the_data_was_ends_elsewhere(whole: Whole, k
     assert killed({"name": "scored", "point": 4}, forget_cursor=True) != whole.digest
 
 
-@pytest.mark.slow
-def test_many_kills(whole: Whole, killed: Killed) -> None:
-    moments = random.Random(2)
+@kill_rounds(2, 25)
+def test_many_kills(whole: Whole, killed: Killed, rounds: int) -> None:
+    moments = random.Random(rounds)
     for point in ("rollout", "scored", "updated"):
         assert killed({"name": point, "point": moments.randint(2, 5)}) == whole.digest
-    for _ in range(2):
+    for _ in range(rounds):
         assert killed({"point": moments.randint(1, whole.points)}, threads=2) == whole.digest
         assert killed({"operation": moments.randint(1, whole.operations)}) == whole.digest
 

@@ -18,7 +18,7 @@ import torch
 from chats_for_tests import turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, killed_and_resumed, save_model, uninterrupted, weights, write_rows
+from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, save_model, uninterrupted, weights, write_rows
 from tutelage import Model, PackedBatch, load_rankings, load_sft, pack, split_examples
 from tutelage.cli import main
 from tutelage.data.examples import Ranking
@@ -335,10 +335,10 @@ def test_a_kill_changes_no_bit(whole: Whole, killed: Killed) -> None:
     assert killed({"point": random.Random(1).randint(1, whole.points)}, threads=2) == whole.digest
 
 
-@pytest.mark.slow
-def test_four_kills(whole: Whole, killed: Killed) -> None:
-    moments = random.Random(2)
-    for _ in range(2):
+@kill_rounds(2, 45)
+def test_many_kills(whole: Whole, killed: Killed, rounds: int) -> None:
+    moments = random.Random(rounds)
+    for _ in range(rounds):
         assert killed({"point": moments.randint(1, whole.points)}) == whole.digest
         assert killed({"operation": moments.randint(1, whole.operations)}) == whole.digest
 

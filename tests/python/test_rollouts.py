@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,6 +262,23 @@ def reader() -> Model:
     model = Model(config, seed=2)
     model.tokenizer = tokenizer
     return model
+
+
+def test_ids_that_the_tokenizer_does_not_know(reader: Model) -> None:
+    """An embedding padded to a round number has rows for more ids than the tokenizer; they can be drawn."""
+    tokenizer = reader.tokenizer
+    assert tokenizer is not None
+    padded = Model(dataclasses.replace(reader.config, vocab_size=tokenizer.vocab_size + 40), seed=2)
+    padded.tokenizer = tokenizer
+    rollouts = padded.generate(["the cat"] * 8, 30, stop_strings=("never said",))
+    assert rollouts.texts is not None
+    unknown = [sum(int(token) >= tokenizer.vocab_size for token in row) for row in rollouts.tokens]
+    assert sum(unknown) > 0
+    assert set(rollouts.finish_reasons) <= {"length", "stop"}
+    for row, text, reason in zip(rollouts.tokens, rollouts.texts, rollouts.finish_reasons, strict=True):
+        said = row.tolist() if reason == "length" else row.tolist()[:-1]
+        assert text == tokenizer.decode(said, errors="replace")
+        assert text.count("\ufffd") >= sum(token >= tokenizer.vocab_size for token in said)
 
 
 def test_a_stop_token_ends_the_row_and_is_part_of_it() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from forked import Forker, forker
 from models_for_tests import threads
+from runs_for_tests import kill_rounds
 from tutelage import Model, cli, files
 from tutelage.school.course import school
 from tutelage.school.drawing import bars, curve
@@ -375,12 +376,12 @@ def test_one_seed_the_same_bits(whole: Path, tmp_path: Path) -> None:
     assert digest(first) == digest(whole)
 
 
-@pytest.mark.slow
-def test_killed_and_resumed(children: Forker, whole: Path, tmp_path: Path) -> None:
+@kill_rounds(3, 10)
+def test_killed_and_resumed(children: Forker, whole: Path, tmp_path: Path, rounds: int) -> None:
     status, output = children.run("children:passed", loop="school", config=tiny(tmp_path / "counted"))
     assert status == 0, output
     _, operations = map(int, output.splitlines()[-1].split())
-    places = random.Random(5).sample(range(1, operations), 3)
+    places = random.Random(5).sample(range(1, operations), rounds)
     for place in places:
         folder = tmp_path / str(place)
         status, output = children.run("children:train", loop="school", config=tiny(folder), operation=place)

@@ -111,6 +111,8 @@ def test_text_that_is_no_unicode_is_named(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("bad", [-1, 300, 10**12])
 def test_ids_outside_the_vocabulary_are_named(tokenizer: Tokenizer, bad: int) -> None:
+    spelled = [tokenizer.decode([token]) for token in (65, 66)]
+    assert tokenizer.decode([65, bad, bad, 66], errors="replace") == "\ufffd\ufffd".join(spelled)
     with pytest.raises(ValueError, match=f"token id {bad} at position 1 is outside the vocabulary of 300"):
         tokenizer.decode([5, bad])
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -108,16 +108,23 @@ class Tokenizer:
         # "fast" leaves out the offsets, which cost more memory than the ids
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], errors: Literal["strict", "replace"] = "strict") -> str:
         """The text of `ids`, special tokens spelled out. Bytes that are no UTF-8 become U+FFFD.
 
-        Raises ValueError naming the position of an id outside the vocabulary.
+        errors: what an id outside the vocabulary is, which a model may draw whose embedding was padded to a round
+            number: an error, or one U+FFFD.
+
+        Raises ValueError naming the position of such an id.
         """
         numbers = [int(i) for i in ids]
         for position, number in enumerate(numbers):
-            if not 0 <= number < self.vocab_size:
+            if not 0 <= number < self.vocab_size and errors == "strict":
                 raise ValueError(f"token id {number} at position {position} is outside the vocabulary of {self.vocab_size}")
-        return self.backend.decode(numbers, skip_special_tokens=False)
+        runs = itertools.groupby(numbers, lambda number: 0 <= number < self.vocab_size)
+        return "".join(
+            self.backend.decode(run, skip_special_tokens=False) if known else "\ufffd" * len(run)
+            for known, run in ((known, list(run)) for known, run in runs)
+        )
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:

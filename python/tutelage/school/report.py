@@ -171,6 +171,11 @@ _OPENING = (
     "before. What it says of them, it can only know from reading."
 )
 
+_STRANGER = (
+    "The reward model has only ever judged answers. A model that has only read does not answer, so what reward and wins say of "
+    "it means nothing."
+)
+
 _LABELLER = (
     "Nobody was asked which answers are better: a program, the simulated labeller, ranked them. It knows what is true in this "
     "world, prefers right answers to wrong ones and, among equally right ones, kind to rude ones, and it errs on purpose, in "
@@ -225,6 +230,7 @@ def _exam(report: Report) -> str:
         for stage, exam in report.exams.items()
     )
     terms = "".join(f"<dt>{name}</dt><dd>{told}</dd>" for name, told, _ in FIGURES.values())
+    note = f'<p class="soft">{_STRANGER}</p>\n' if "pretrain" in report.exams else ""
     drawn = bars({stage: {key: exam.grades[key] for key in ("right", "kind")} for stage, exam in report.exams.items()})
     return f"""<section>
 <h2>The exam</h2>
@@ -234,7 +240,8 @@ def _exam(report: Report) -> str:
 <tbody>
 {rows}</tbody>
 </table></div>
-<dl>{terms}</dl></div>
+<dl>{terms}</dl>
+{note}</div>
 </section>"""
 
 

@@ -174,12 +174,12 @@ class _Conversation:
                     tokens.append(token.token)
                 reason = token.finish_reason or reason
                 # Behind the last whole character there may be bytes of one whose rest is still to come.
-                whole = self.tokenizer.decode(tokens).rstrip("\ufffd")
+                whole = self.tokenizer.decode(tokens, errors="replace").rstrip("\ufffd")
                 self._write(whole[shown:])
                 shown = max(shown, len(whole))
         except KeyboardInterrupt:
             reason = "interrupted"
-        text = self.tokenizer.decode(tokens)
+        text = self.tokenizer.decode(tokens, errors="replace")
         if reason == "interrupted":  # a character that was not finished is not part of what there is
             text = text.rstrip("\ufffd")
         self._write(text[shown:] + "\n")
