@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import random
-import statistics
 import string
 import tempfile
 import time
@@ -137,6 +136,14 @@ def write_material(folder: Path, loop: str, shape: LoopShape) -> None:
 # ---- ours
 
 
+Ceilings = tuple[float, float]
+"""(flops a second, bytes a second)"""
+
+
+def _mean(before: Ceilings, after: Ceilings) -> Ceilings:
+    return (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
+
+
 class Enough(Exception):  # noqa: N818 (no error)
     """Ends a loop after the steps that were asked for, before it saves anything."""
 
@@ -145,11 +152,11 @@ class Enough(Exception):  # noqa: N818 (no error)
 class Clock:
     """Seconds of the parts of the step in progress, and of the reference's pass before the first one."""
 
-    beside: Callable[[], float]
-    """One sample of the FMA peak, for the reference."""
+    beside: Callable[[], Ceilings]
+    """One sample of both ceilings, for the reference."""
     parts: dict[str, float] = field(default_factory=dict)
-    reference: tuple[float, float] | None = None
-    """(seconds, FMA peak beside it)"""
+    reference: tuple[float, Ceilings] | None = None
+    """(seconds, the ceilings beside it)"""
 
     def around(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, with its time added to `part`."""
@@ -164,13 +171,13 @@ class Clock:
         return timed
 
     def of_reference(self, score: Callable[..., Any]) -> Callable[..., Any]:
-        """`Model.score` over all that dpo reads, with a sample of the FMA peak before and after."""
+        """`Model.score` over all that dpo reads, with a sample of the ceilings before and after."""
         reference = self.around(REFERENCE, score)
 
         def timed(*arguments: Any, **options: Any) -> Any:
             before = self.beside()
             result = reference(*arguments, **options)
-            self.reference = self.parts[REFERENCE], statistics.mean((before, self.beside()))
+            self.reference = self.parts[REFERENCE], _mean(before, self.beside())
             return result
 
         return timed
@@ -286,7 +293,7 @@ def two_steps(name: str, loop: str, shape_fields: dict[str, Any], folder: str, m
     shape = LoopShape(**{**shape_fields, "config": ModelConfig.from_dict(shape_fields["config"])})
 
     def ours() -> None:
-        clock = Clock(lambda: 0.0)
+        clock = Clock(lambda: (0.0, 0.0))
         run_loop(loop, Path(folder), shape, 2, micro_batch_tokens, clock, lambda seconds: None)
 
     def theirs() -> None:
@@ -311,26 +318,31 @@ class Round:
     seconds: float
     """Without AGAIN."""
     parts: Mapping[str, float]
-    flops_s: float
-    peers: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Name -> (seconds of its step, flops a second beside it)."""
+    ceilings: Ceilings
+    """Beside it."""
+    peers: dict[str, tuple[float, Ceilings]] = field(default_factory=dict)
+    """Name -> (seconds of its step, the ceilings beside it)."""
 
 
 def _rounds(
     config: LoopsConfig, plan: Plan, loop: str, folder: Path, peers: Sequence[str]
-) -> tuple[list[Round], tuple[float, float] | None]:
-    """Steps of ours and of the peers in turn, a sample of the FMA peak between any two; and the reference's pass."""
-    shape = SHAPES[loop]
-    peak = gauge("GFLOP/s", torch.get_num_threads(), plan.seconds)
+) -> tuple[list[Round], tuple[float, Ceilings] | None]:
+    """Steps of ours and of the peers in turn, a sample of the ceilings between any two; and the reference's pass."""
+    shape, threads = SHAPES[loop], torch.get_num_threads()
+    peak, read = gauge("GFLOP/s", threads, plan.seconds), gauge("GB/s", threads, plan.seconds)
     trainers = {name: _trainer(name, loop, folder, shape) for name in peers}
-    clock, rounds, samples = Clock(peak), list[Round](), list[float]()
 
-    def beside() -> float:
-        """Takes another sample; the peak in flops a second as it was around what happened since the one before."""
+    def sample() -> Ceilings:
+        return 1e9 * peak(), 1e9 * read()
+
+    clock, rounds, samples = Clock(sample), list[Round](), list[Ceilings]()
+
+    def beside() -> Ceilings:
+        """Takes another sample; the ceilings as they were around what happened since the one before."""
         time.sleep(plan.settle)
-        samples.append(1e9 * peak())
+        samples.append(sample())
         time.sleep(plan.settle)
-        return statistics.mean(samples[-2:])
+        return _mean(samples[-2], samples[-1]) if len(samples) > 1 else samples[-1]
 
     def done(seconds: float) -> None:
         own = Round(seconds, dict(clock.parts), beside())
@@ -425,35 +437,28 @@ def works(loop: str, shape: LoopShape) -> dict[str, Work]:
 def _measured(config: LoopsConfig, plan: Plan, loop: str, folder: Path) -> Iterator[Measurement]:
     shape, threads = SHAPES[loop], torch.get_num_threads()
     peers = _peers(loop) if config.peers else []
-    # Not between the steps: what it reads, 256 MiB, would push the loop's own memory out of the core's store, and the next
-    # step would pay for fresh pages.
-    read = gauge("GB/s", threads, plan.seconds)
-    before = read()
     rounds, reference = _rounds(config, plan, loop, folder, peers)
-    bytes_s = 1e9 * statistics.mean((before, read()))
     what = f"{WIDTH[loop] * shape.rows}x{shape.length}"
     work = works(loop, shape)
-    whole = _whole(loop, what, work["step"], rounds, bytes_s, peers)
+    whole = _whole(loop, what, work["step"], rounds, peers)
     if config.memory:
         arguments = (loop, asdict(shape) | {"config": shape.config.to_dict()}, str(folder), config.micro_batch_tokens)
         whole.extra["peak GiB"] = {n: peak_bytes(two_steps, n, *arguments, threads=threads) / 2**30 for n in (OURS, *peers)}
     yield whole
     for part in (*PARTS[loop], *((PREFILL, DECODE, AGAIN) if loop == "ppo" else ())):
-        ceilings = [(r.flops_s, bytes_s) for r in rounds]
+        ceilings = [r.ceilings for r in rounds]
         extra = {} if part != AGAIN else {"% of the step": {"saved": _shares(rounds, part)}}
         yield _part(loop, part, what, work[part], [r.parts[part] for r in rounds], ceilings, extra)
     if reference is not None:
-        taken, peak = reference
-        yield _part(loop, REFERENCE, what, work[REFERENCE], [taken], [(1e9 * peak, bytes_s)], {})
+        taken, limits = reference
+        yield _part(loop, REFERENCE, what, work[REFERENCE], [taken], [limits], {})
 
 
-def _whole(loop: str, shape: str, work: Work, rounds: Sequence[Round], bytes_s: float, peers: Sequence[str]) -> Measurement:
+def _whole(loop: str, shape: str, work: Work, rounds: Sequence[Round], peers: Sequence[str]) -> Measurement:
     """The step, ours and the peers'; how much of ours each part takes; and its seconds."""
     seconds = {OURS: [r.seconds for r in rounds]} | {name: [r.peers[name][0] for r in rounds] for name in peers}
-    flops_s = {OURS: [r.flops_s for r in rounds]} | {name: [r.peers[name][1] for r in rounds] for name in peers}
-    each = {
-        name: _part(loop, "step", shape, work, seconds[name], [(f, bytes_s) for f in flops_s[name]], {}) for name in seconds
-    }
+    limits = {OURS: [r.ceilings for r in rounds]} | {name: [r.peers[name][1] for r in rounds] for name in peers}
+    each = {name: _part(loop, "step", shape, work, seconds[name], limits[name], {}) for name in seconds}
     shares = {part: _shares(rounds, part) for part in PARTS[loop]}
     rest = [100 - sum(100 * r.parts[part] / r.seconds for part in PARTS[loop]) for r in rounds]
     return Measurement(
@@ -483,10 +488,10 @@ def _part(
     shape: str,
     work: Work,
     seconds: Sequence[float],
-    ceilings: Sequence[tuple[float, float]],
+    ceilings: Sequence[Ceilings],
     extra: dict[str, dict[str, Any]],
 ) -> Measurement:
-    """Ours alone. ceilings: (flops a second, bytes a second) beside each of the seconds."""
+    """Ours alone. ceilings: beside each of the seconds."""
     limits = [work.limit(*ceiling) for ceiling in ceilings]
     amount = work.scale * work.amount
     return Measurement(

@@ -2,13 +2,11 @@
 // tests/python/test_bench.py.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <chrono>
 #include <string>
 
+#include "bind/dlpack.h"
 #include "core/error.h"
-#include "core/memory.h"
-#include "core/parallel.h"
 #include "kernels/select.h"
 
 namespace py = pybind11;
@@ -53,17 +51,16 @@ double fma_peak(int threads, double seconds) {
          });
 }
 
-double read_bandwidth(int threads, std::int64_t bytes, double seconds) {
+double read_bandwidth(py::handle tensor, int threads, double seconds) {
   check(threads, seconds);
-  if (bytes < 4096) throw ArgumentError("bytes must be at least 4096, but it is " + std::to_string(bytes));
+  const TensorArgument x(tensor, "x");
+  x.view.require_cpu().require_dtype(DType::float32).require_shape({-1}).require_contiguous();
+  const std::int64_t n = x.extent(0);
+  if (n < 1024) throw ArgumentError("x must have at least 1024 elements, but it has " + std::to_string(n));
   const py::gil_scoped_release release;
-  const std::int64_t n = bytes / static_cast<std::int64_t>(sizeof(float));
-  const Scratch scratch(static_cast<std::size_t>(n) * sizeof(float));
-  float* x = static_cast<float*>(scratch.get());
-  parallel_for(threads, n, [&](std::int64_t begin, std::int64_t end) { std::fill(x + begin, x + end, 1.0f); });
   double sum = 0;
   return 1e-9 * rate(seconds, 1, [&](std::int64_t rounds) {
-           machine_table().read_sweep({n, rounds, x, &sum}, threads);
+           machine_table().read_sweep({n, rounds, x.view.data, &sum}, threads);
            return static_cast<double>(rounds) * static_cast<double>(n) * sizeof(float);
          });
 }
@@ -74,8 +71,8 @@ void bind_ceilings(py::module_& m) {
   m.def(
       "fma_peak", &fma_peak, "threads"_a, "seconds"_a = 0.2,
       "GFLOP/s of fused float32 multiply-adds on so many threads, measured for at least so many seconds; kernels/ceilings.h.");
-  m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a = std::int64_t{256} << 20, "seconds"_a = 0.2,
-        "GB/s of reading a buffer of so many bytes over and over on so many threads: memory, or a cache that it fits in.");
+  m.def("read_bandwidth", &read_bandwidth, "x"_a, "threads"_a, "seconds"_a = 0.2,
+        "GB/s of reading x, float32 [n], over and over on so many threads: memory, or a cache that it fits in.");
 }
 
 }  // namespace tutelage

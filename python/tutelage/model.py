@@ -224,10 +224,14 @@ class Model:
         while generation.step():
             yield from generation.streamed()
 
-    def free_caches(self) -> None:
-        """Gives back the copies of the weights that generation made; the next one makes them again."""
+    def free_caches(self, keep_memory: bool = False) -> None:
+        """Gives back the copies of the weights that generation made; the next one makes them again.
+
+        keep_memory: the engine keeps the memory for what it does next, instead of returning it to the system.
+        """
         self._packed = self._rounded = None
-        _core.free_cached_memory()
+        if not keep_memory:
+            _core.free_cached_memory()
 
     def _weights(self) -> Tensor:
         """What the kernels multiply by: the parameters, or their matrices rounded to bfloat16."""

@@ -200,13 +200,15 @@ def test_gpt2_and_smollm2_have_their_published_sizes() -> None:
 
 def test_ceilings_are_positive_and_name_bad_arguments() -> None:
     assert _core.fma_peak(1, 1e-3) > 0 and _core.fma_peak(2, 1e-3) > 0
-    assert _core.read_bandwidth(2, 2**16, 1e-3) > 0
+    assert _core.read_bandwidth(torch.ones(2**14), 2, 1e-3) > 0
     with pytest.raises(ValueError, match="threads must be at least 1, but it is 0"):
         _core.fma_peak(0)
     with pytest.raises(ValueError, match="seconds must lie in"):
         _core.fma_peak(1, 0.0)
-    with pytest.raises(ValueError, match="bytes must be at least 4096, but it is 8"):
-        _core.read_bandwidth(1, 8)
+    with pytest.raises(ValueError, match="x must have at least 1024 elements, but it has 8"):
+        _core.read_bandwidth(torch.ones(8), 1)
+    with pytest.raises(ValueError, match="argument 'x' must be float32, but it is float64"):
+        _core.read_bandwidth(torch.ones(1024, dtype=torch.float64), 1)
 
 
 def test_contenders_and_ceilings_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +474,7 @@ def test_a_slow_part_of_a_step_shows_as_itself(
     loops.write_material(tmp_path, loop, shape)
     slow = later(getattr(owner, name), 0.1)
     monkeypatch.setattr(owner, name, staticmethod(slow) if name == "backward" else slow)
-    clock, steps = loops.Clock(lambda: 1.0), list[dict[str, float]]()
+    clock, steps = loops.Clock(lambda: (1.0, 1.0)), list[dict[str, float]]()
 
     def done(seconds: float) -> None:
         own = {name: clock.parts[name] for name in loops.PARTS[loop]}
@@ -495,7 +497,7 @@ def test_answers_of_ppo_have_their_full_length_and_old_logprobs_cost_a_forward(
     monkeypatch.setattr(Run, "log", lambda self, *a, **k: (told.append(k), log(self, *a, **k)))
     slow = later(loops.token_logprobs, 0.2)
     monkeypatch.setattr(loops, "token_logprobs", slow)  # as the bench calls it, not the loop
-    clock = loops.Clock(lambda: 1.0)
+    clock = loops.Clock(lambda: (1.0, 1.0))
     for again in (False, True):
         noted.clear()
         loops.run_loop(

@@ -212,7 +212,7 @@ def gather(
             config.min_p,
             seed=int(hashes(f"rollout {config.seed} {purpose}", 1)[0] >> np.uint64(1)),
         )
-        model.free_caches()  # the copy of the weights that generation made is stale after the next update
+        model.free_caches(keep_memory=True)  # the copy of the weights that generation made is stale after the next update
     run.fault("rollout")
     with run.timed("score"):
         rows = [prompt for prompt in prompts for _ in range(samples)]
