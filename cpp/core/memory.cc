@@ -1,11 +1,13 @@
 #include "core/memory.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <new>
 #include <unordered_map>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,13 +19,52 @@ namespace {
 constexpr std::size_t kLine = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
+bool is_large(std::size_t bytes) { return bytes >= kHugePage; }
+
+// Large blocks are whole huge pages. Where the system can move pages between addresses, a new one takes over those of kept
+// blocks; the sanitizers know nothing of pages that move.
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+constexpr bool kPagesMove = true;
+
+void* map_large(std::size_t bytes) noexcept {
+  if (bytes > SIZE_MAX - kHugePage) return nullptr;
+  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* begin = static_cast<char*>(mapped);
+  const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (before > 0) munmap(begin, before);
+  if (before < kHugePage) munmap(begin + before + bytes, kHugePage - before);
+  madvise(begin + before, bytes, MADV_HUGEPAGE);
+  return begin + before;
+}
+void unmap_large(void* block, std::size_t bytes) noexcept { munmap(block, bytes); }
+
+// The pages of from[0, bytes) to to[0, bytes), which stays memory all through; `from` is none afterwards. One huge page a call:
+// a longer stretch may consist of several mappings, which mremap takes from Linux 6.17 on only.
+bool move_pages(char* from, char* to, std::size_t bytes) noexcept {
+  for (std::size_t at = 0; at < bytes; at += kHugePage) {
+    if (mremap(from + at, kHugePage, kHugePage, MREMAP_MAYMOVE | MREMAP_FIXED, to + at) != MAP_FAILED) continue;
+    munmap(from + at, kHugePage);  // no room for another mapping: a fresh page then, for `to` may be unmapped already
+    if (mmap(to + at, kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+      return false;
+  }
+  return true;
+}
+#else
+constexpr bool kPagesMove = false;
+
+void* map_large(std::size_t bytes) noexcept { return std::aligned_alloc(kHugePage, bytes); }
+void unmap_large(void* block, std::size_t) noexcept { std::free(block); }
+bool move_pages(char*, char*, std::size_t) noexcept { return false; }
+#endif
+
 class BlockStore {
  public:
   void* acquire(std::size_t bytes) {
     std::lock_guard lock(mutex_);
     ++use_.allocations;
     if (fail_in_ != 0 && --fail_in_ == 0) throw std::bad_alloc();
-    const std::size_t unit = bytes >= kHugePage ? kHugePage : kLine;
+    const std::size_t unit = is_large(bytes) ? kHugePage : kLine;
     if (bytes > SIZE_MAX - unit) throw std::bad_alloc();
     const std::size_t rounded = std::max((bytes + unit - 1) / unit * unit, kLine);
     // A kept block may be up to a quarter too large: step sizes vary a little, waste must not.
@@ -37,17 +78,16 @@ class BlockStore {
       count(size);
       return block;
     }
-    make_room(rounded);
-    void* block = fresh(rounded, unit);
+    void* block = fresh(rounded);
     if (block == nullptr) {
       drop_cached();
-      block = fresh(rounded, unit);
+      block = fresh(rounded);
       if (block == nullptr) throw std::bad_alloc();
     }
     try {
       sizes_[block] = rounded;
     } catch (...) {
-      std::free(block);
+      discard(block, rounded);
       throw;
     }
     count(rounded);
@@ -65,7 +105,7 @@ class BlockStore {
       free_.emplace(size, Kept{block, ++released_});
       use_.cached += size;
     } catch (...) {
-      std::free(block);
+      discard(block, size);
     }
   }
 
@@ -87,15 +127,49 @@ class BlockStore {
   }
 
  private:
-  static void* fresh(std::size_t rounded, std::size_t unit) noexcept {
-    void* block = std::aligned_alloc(unit, rounded);
-#if defined(__linux__)
-    if (block != nullptr && unit == kHugePage) madvise(block, rounded, MADV_HUGEPAGE);
-#endif
-    return block;
+  struct Kept {
+    void* block;
+    std::uint64_t released;  // rises: when it came back
+  };
+
+  void* fresh(std::size_t rounded) noexcept {
+    if (!is_large(rounded) || !kPagesMove) make_room(rounded);
+    if (!is_large(rounded)) return std::aligned_alloc(kLine, rounded);
+    void* block = map_large(rounded);
+    if (block == nullptr || !kPagesMove) return block;
+    if (take_over(static_cast<char*>(block), rounded)) {
+      make_room(rounded);
+      return block;
+    }
+    unmap_large(block, rounded);
+    return nullptr;
+  }
+  // Gives the block pages of kept ones, as far as they go: of those that lay idle longest first, from their ends.
+  bool take_over(char* block, std::size_t bytes) noexcept {
+    while (bytes > 0) {
+      const auto oldest = find_oldest(free_.lower_bound(kHugePage));
+      if (oldest == free_.end()) break;
+      const std::size_t size = oldest->first, taken = std::min(size, bytes);
+      auto kept = free_.extract(oldest);
+      use_.cached -= taken;
+      const bool moved = move_pages(static_cast<char*>(kept.mapped().block) + (size - taken), block, taken);
+      if (size > taken) {
+        kept.key() = size - taken;
+        free_.insert(std::move(kept));
+      }
+      if (!moved) return false;
+      block += taken, bytes -= taken;
+    }
+    return true;
+  }
+  static void discard(void* block, std::size_t size) noexcept {
+    if (is_large(size))
+      unmap_large(block, size);
+    else
+      std::free(block);
   }
   void drop_cached() noexcept {
-    for (auto& [size, kept] : free_) std::free(kept.block);
+    for (auto& [size, kept] : free_) discard(kept.block, size);
     free_.clear();
     use_.cached = 0;
   }
@@ -104,24 +178,23 @@ class BlockStore {
   void make_room(std::size_t rounded) noexcept {
     const std::size_t most = std::max(most_, use_.in_use + rounded);
     while (!free_.empty() && use_.in_use + use_.cached + rounded > most + most / 4) {
-      auto oldest = free_.begin();
-      for (auto at = free_.begin(); at != free_.end(); ++at)
-        if (at->second.released < oldest->second.released) oldest = at;
-      std::free(oldest->second.block);
+      const auto oldest = find_oldest(free_.begin());
+      discard(oldest->second.block, oldest->first);
       use_.cached -= oldest->first;
       free_.erase(oldest);
     }
+  }
+  std::multimap<std::size_t, Kept>::iterator find_oldest(std::multimap<std::size_t, Kept>::iterator at) noexcept {
+    auto oldest = at;
+    for (; at != free_.end(); ++at)
+      if (at->second.released < oldest->second.released) oldest = at;
+    return oldest;
   }
   void count(std::size_t size) noexcept {
     use_.in_use += size;
     use_.peak = std::max(use_.peak, use_.in_use);
     most_ = std::max(most_, use_.in_use);
   }
-
-  struct Kept {
-    void* block;
-    std::uint64_t released;  // rises: when it came back
-  };
 
   std::mutex mutex_;
   std::multimap<std::size_t, Kept> free_;

@@ -1,9 +1,10 @@
 // Where the core's own memory comes from: activations, packing buffers, scratch.
 //
-// Blocks are kept when freed and handed out again (fresh pages cost a page fault per 4 KiB: about 0.2 s a GiB, every
-// step). 64-byte aligned; blocks of 2 MiB and more ask for huge pages. Thread-safe. free_cached_memory() returns the kept
-// blocks to the system; a failing allocation does so by itself and tries once more before it throws std::bad_alloc. Blocks in
-// use and kept together stay within 1.25 times the most that was ever in use.
+// Blocks are kept when freed and handed out again: fresh pages cost 0.2 to 0.9 s a GiB, every step. 64-byte aligned; blocks of
+// 2 MiB and more ask for huge pages, and one that no kept block fits takes over the pages of kept blocks (Linux), so that
+// loops whose stages need blocks of other sizes touch no fresh memory either. What a block holds is undefined. Thread-safe.
+// free_cached_memory() returns the kept blocks to the system; a failing allocation does so by itself and tries once more
+// before it throws std::bad_alloc. Blocks in use and kept together stay within 1.25 times the most that was ever in use.
 //
 // Test: tests/cpp/test_memory.cc; every allocation made to fail in turn: tests/python/test_memory.py.
 #pragma once
