@@ -408,7 +408,9 @@ def works(loop: str, shape: LoopShape) -> dict[str, Work]:
     """The step, its parts, and what is measured beside them."""
     sequences = WIDTH[loop] * shape.rows
     size = {head: _core.Transformer(shape.config.core_fields(head)).size for head in ("lm", "scalar")}
-    flops = model_flops(shape.config, size["lm"], sequences, shape.length)
+    # The head works for the answers only.
+    spared = 6.0 * shape.config.vocab_size * shape.config.hidden_size * sequences * shape.prompt
+    flops = model_flops(shape.config, size["lm"], sequences, shape.length) - spared
     if loop != "ppo":
         return {
             "step": Work.of_flops(flops),
@@ -425,7 +427,7 @@ def works(loop: str, shape: LoopShape) -> dict[str, Work]:
     decode = Work.of_steps(model, shape.rows, shape.prompt, shape.answer - 1)  # reading the prompts gives the first token
     parts = {
         ROLLOUT: Work.of_tokens(shape.rows * shape.answer, [prefill, decode]),
-        SCORE: Work.of_flops((flops + 2 * scalar) / 3),  # reference; reward model and critic
+        SCORE: Work.of_flops((flops + scalar) / 3),  # reference and reward model; the critic's is the update's own
         FORWARD: Work.of_flops((flops + scalar) / 3),
         BACKWARD: Work.of_flops((flops + scalar) * 2 / 3),
         OPTIMIZER: Work.of_bytes(OPTIMIZER_BYTES * (size["lm"] + size["scalar"])),

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -84,13 +85,19 @@ class BoundTransformer {
     initialise(model_.config(), model_.layout(), seed, p.data<float>(), threads);
   }
 
-  std::unique_ptr<Graph> score(py::handle params, py::handle tokens, py::handle cu_seqlens, py::handle logprobs,
-                               py::handle entropy, double temperature, bool keep, bool recompute, std::int64_t logits_budget,
-                               int threads) {
+  std::unique_ptr<Graph> score(py::handle params, py::handle tokens, py::handle cu_seqlens, const py::object& mask,
+                               py::handle logprobs, py::handle entropy, double temperature, bool keep, bool recompute,
+                               std::int64_t logits_budget, int threads) {
     if (model_.config().head != Head::lm)
       throw ArgumentError("this model has a scalar head; call values(batch), or load it with head='lm' to score tokens");
     const TensorArgument p = flat(params, "params");
-    const Tokens batch(tokens, cu_seqlens);
+    Tokens batch(tokens, cu_seqlens);
+    std::optional<TensorArgument> wanted;
+    if (!mask.is_none()) {
+      wanted.emplace(mask, "mask");
+      wanted->view.require_cpu().require_dtype(DType::boolean).require_shape({batch.batch.tokens}).require_contiguous();
+      batch.batch.mask = wanted->data<bool>();
+    }
     const TensorArgument l = per_token(logprobs, "logprobs", batch), h = per_token(entropy, "entropy", batch);
     const Options options = make_options(temperature, keep, recompute, logits_budget, threads);
     py::gil_scoped_release unlocked;
@@ -231,7 +238,7 @@ void bind_model(py::module_& m) {
       .def_property_readonly("level", &BoundTransformer::level)
       .def("parameters", &BoundTransformer::parameters, "(name, offset, shape, decay) of every parameter.")
       .def("initialise", &BoundTransformer::initialise_params, "params"_a, "seed"_a, "threads"_a)
-      .def("score", &BoundTransformer::score, "params"_a, "tokens"_a, "cu_seqlens"_a, "logprobs"_a, "entropy"_a,
+      .def("score", &BoundTransformer::score, "params"_a, "tokens"_a, "cu_seqlens"_a, "mask"_a, "logprobs"_a, "entropy"_a,
            "temperature"_a, "keep"_a, "recompute"_a, "logits_budget"_a, "threads"_a)
       .def("values", &BoundTransformer::values, "params"_a, "tokens"_a, "cu_seqlens"_a, "values"_a, "keep"_a, "recompute"_a,
            "threads"_a)

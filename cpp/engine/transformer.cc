@@ -259,7 +259,7 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* para
   check(batch);
   auto graph = std::make_unique<Graph>();
   Graph& g = *graph;
-  g.tokens_ = batch.tokens, g.sequences_ = batch.sequences, g.rows_ = batch.tokens - batch.sequences, g.options_ = options;
+  g.tokens_ = batch.tokens, g.sequences_ = batch.sequences, g.options_ = options;
   g.ids_.assign(batch.ids, batch.ids + batch.tokens);
   g.cu_seqlens_.assign(batch.cu_seqlens, batch.cu_seqlens + batch.sequences + 1);
   g.positions_.reserve(g.ids_.size());
@@ -269,12 +269,13 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* para
     longest = std::max<std::int64_t>(longest, last - first);
     for (std::int32_t i = first; i < last; ++i) {
       g.positions_.push_back(i - first);
-      if (i == first) continue;  // nothing before it predicts it
+      if (i == first || (batch.mask != nullptr && !batch.mask[i])) continue;  // nothing before it predicts it, or not wanted
       g.sources_.push_back(i - 1);
       g.outputs_.push_back(i);
       g.targets_.push_back(batch.ids[i]);
     }
   }
+  g.rows_ = static_cast<std::int64_t>(g.sources_.size());
   if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
   run_blocks(g, params, options);
   return graph;
@@ -606,7 +607,7 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
                                  int threads, void (*poll)()) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; score the batch again for another one");
   require_whole_gradients();
-  if (g.rows_ == 0) {  // only first tokens: nothing was predicted, so nothing has a gradient
+  if (g.rows_ == 0) {  // nothing was predicted, so nothing has a gradient
     g.used_ = true;
     g.memory_.reset();
     return;
@@ -632,7 +633,7 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   head.entropy = g.entropy_, head.lse = g.lse_, head.d_logprob = d_logprobs, head.d_entropy = d_entropy;
   head.dx = s.d_norm, head.dweight = at(grads, layout_.head, e), head.accumulate = !fresh;
   table_.linear_logprob_backward(head, threads);
-  table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // the last token of a sequence predicts nothing
+  table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // a sequence's last token predicts nothing, others nothing wanted
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,
                 s.d_norm, s.dx, false, threads);
   backward_body(g, params, grads, s, threads, poll);

@@ -37,6 +37,7 @@ namespace tutelage {
 struct Batch {
   std::int64_t tokens = 0, sequences = 0;
   const std::int32_t *ids = nullptr, *cu_seqlens = nullptr;
+  const bool* mask = nullptr;  // for score: the tokens whose log-prob is wanted (null: all); the head works for no other
 };
 
 struct Options {
@@ -103,7 +104,7 @@ class Transformer {
   const Layout& layout() const { return layout_; }
   const KernelTable& table() const { return table_; }
 
-  // lm head. logprobs, entropy [tokens]: zero at each sequence's first token. Null when nothing was kept.
+  // lm head. logprobs, entropy [tokens]: zero at each sequence's first token and outside the mask. Null when nothing was kept.
   std::unique_ptr<Graph> score(const Batch& batch, const void* params, const Options& options, void* logprobs, void* entropy);
   // scalar head. values [tokens].
   std::unique_ptr<Graph> values(const Batch& batch, const void* params, const Options& options, void* values);

@@ -76,6 +76,7 @@ class Transformer:
         params: Tensor,
         tokens: Tensor,
         cu_seqlens: Tensor,
+        mask: Tensor | None,
         logprobs: Tensor,
         entropy: Tensor,
         temperature: float,

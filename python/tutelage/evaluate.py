@@ -45,7 +45,7 @@ def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
     sums: list[float] = []
     with torch.no_grad():
         for part in batch.split(max_tokens):
-            sums += part.sum(model.score(part).logprobs).tolist()
+            sums += part.sum(model.score(part, completion_only=True).logprobs).tolist()
     return -math.fsum(sums)
 
 
@@ -165,7 +165,8 @@ def kl_divergence(rollouts: Rollouts, reference: Model, temperature: float, max_
     with torch.no_grad():
         for part in batch.split(max(max_tokens, *batch.lengths)):
             assert part.logprobs is not None  # a rollout has them
-            sums += part.sum(part.logprobs.double() - reference.score(part, temperature).logprobs.double()).tolist()
+            known = reference.score(part, temperature, completion_only=True).logprobs
+            sums += part.sum(part.logprobs.double() - known.double()).tolist()
     error = statistics.stdev(sums) / math.sqrt(len(sums)) if len(sums) > 1 else None
     total = math.fsum(sums)
     return Divergence(total / sum(counts), total / len(sums), error, len(sums), sum(counts))

@@ -345,6 +345,40 @@ def test_first_tokens_have_neither_logprob_nor_entropy() -> None:
     assert (out.logprobs[~first] < 0).all() and (out.entropy[~first] > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_completions_alone_have_the_bits_that_they_have_among_all_tokens(kind: str, share: float) -> None:
+    """Log-probs, entropies and gradients, for masks with gaps and sequences without a wanted token."""
+    model = tiny_model(kind)
+    whole = batch_for(model, LENGTHS)
+    wanted = torch.rand(whole.tokens.numel(), generator=torch.Generator().manual_seed(3)) < share
+    wanted[: whole.lengths[0]] = False
+    wanted[whole.cu_seqlens[:-1].long()] = False
+    batch = PackedBatch(whole.tokens, whole.cu_seqlens, wanted)
+    found = []
+    for options in ({}, {"completion_only": True}):
+        out = model.score(batch, 0.7, **options)
+        weight = randn(out.logprobs, 5)
+        model.zero_grad()
+        ((out.logprobs * weight + 0.1 * out.entropy)[wanted].sum()).backward()
+        found.append((out.logprobs[wanted], out.entropy[wanted], model.grads.clone()))
+        if options:
+            assert bits(out.logprobs[~wanted], out.entropy[~wanted]) == bits(torch.zeros(2 * int((~wanted).sum())))
+    (logprobs, entropy, grads), alone = found
+    assert bits(logprobs, entropy) == bits(*alone[:2])
+    assert bits(grads + 0.0) == bits(alone[2] + 0.0)  # a sum of no terms is 0, of zeros it may be -0
+    assert grads.any() == (share > 0)
+
+
+def test_a_mask_that_does_not_fit_is_named() -> None:
+    model = tiny_model()
+    batch = batch_for(model, LENGTHS)
+    wrong = PackedBatch(batch.tokens, batch.cu_seqlens, batch.completion_mask)
+    object.__setattr__(wrong, "completion_mask", batch.completion_mask[1:])
+    with pytest.raises(ValueError, match="argument 'mask' must have shape"):
+        model.score(wrong, completion_only=True)
+
+
 def test_values_are_read_after_the_token() -> None:
     critic = tiny_model(head="scalar")
     batch, changed = pack([[1, 2, 3, 4]]), pack([[1, 2, 3, 5]])

@@ -500,9 +500,16 @@ def test_detail_24_no_log_prob_is_computed_again(watch: Watch) -> None:
     one of the critic and one of the reward model. None of the policy, which the rollout has gone through."""
     course = watch(micro_batch_tokens=8192, max_steps=1)
     names = [f"{head} {'learns' if gradient else 'once'}" for head, _, gradient in course.watched.forwards]
-    assert names == ["scalar once", "lm once", "scalar once", *["lm learns", "scalar learns"] * 4]
+    assert names == ["scalar once", "lm once", "scalar once", *["scalar learns", "lm learns"] * 4]
     policy = next(model for head, model, gradient in course.watched.forwards if head == "lm" and gradient)
     assert policy not in {model for head, model, gradient in course.watched.forwards if not gradient}
+
+
+def test_the_critic_reads_the_answers_once_where_the_first_update_takes_all(watch: Watch) -> None:
+    """Of the forwards in between nothing is left to compute; test_detail_20 has the same gradients in parts, read twice."""
+    course = watch(micro_batch_tokens=8192, **ONE)
+    names = [f"{head} {'learns' if gradient else 'once'}" for head, _, gradient in course.watched.forwards]
+    assert names == ["scalar once", "lm once", "scalar learns", "lm learns"]
 
 
 NAMED = {

@@ -148,7 +148,7 @@ def _learn(
                 whole: _Compared = compared,
                 sums: list[Tensor] = sums,
             ) -> Tensor:
-                out = model.score(part)
+                out = model.score(part, completion_only=objective is None)
                 totals = part.sum(out.logprobs)
                 sums.append(totals.detach())
                 here = whole.of(part, sequences)

@@ -256,9 +256,10 @@ def check_finite(run: Run, what: str, found: Tensor, batch: PackedBatch | None =
 
 
 def token_logprobs(model: Model, batch: PackedBatch, max_tokens: int, temperature: float) -> Tensor:
-    """float32 [N], without gradient; `max_tokens` changes no bit."""
+    """float32 [N], of the answers, without gradient; `max_tokens` changes no bit."""
     with torch.no_grad():
-        return torch.cat([model.score(part, temperature).logprobs for part in batch.split(max_tokens)])
+        scored = [model.score(part, temperature, completion_only=True) for part in batch.split(max_tokens)]
+        return torch.cat([out.logprobs for out in scored])
 
 
 def token_values(critic: Model, batch: PackedBatch, max_tokens: int) -> Tensor:

@@ -223,7 +223,7 @@ def _share(config: GrpoConfig, model: Model, mini: Tokens, moves: Moves) -> Call
     answers = len(mini.batch)
 
     def share(part: PackedBatch, count: int, sequences: range) -> Tensor:
-        out, own, mask = model.score(part, config.temperature), mini.of(sequences), part.completion_mask
+        out, own, mask = model.score(part, config.temperature, completion_only=True), mini.of(sequences), part.completion_mask
         assert part.logprobs is not None
         if config.loss_type == "rloo":
             given = _whole_answers(part, out.logprobs, own)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +133,7 @@ def _learn(
             with run.timed("score"):
                 batch = answers.batch
                 known = token_logprobs(reference, batch, config.micro_batch_tokens, config.temperature)
-                values = token_values(learner.critic, batch, config.micro_batch_tokens)
+                values = learner.values(batch, step)
                 check_finite(run, "reference's log-prob", known, batch)
                 check_finite(run, "critic's value", values, batch)
                 whole, figures = advantages_of(config, answers, known, values, kl_coef)
@@ -295,6 +295,8 @@ class _Learner:
         self.model, self.critic, self._text = model, critic, text
         self.cursor = Cursor()
         """In the pretraining text."""
+        self._ahead: Tensor | None = None
+        """The critic's values that the next update begins with."""
         options: Mapping[str, Any] = {
             "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
@@ -308,11 +310,27 @@ class _Learner:
         own = dataclasses.replace(config, learning_rate=config.critic_learning_rate or config.learning_rate)
         self.critic_optimizer.lr = learning_rate(own, step, last)
 
+    def values(self, batch: PackedBatch, step: int) -> Tensor:
+        """float32 [N]: the critic's, read after each token, of before the step's first update.
+
+        Where that update reads all answers at once, the forward is already its own: nothing changes in between.
+        """
+        order = next(self._mini_batches(len(batch), step, 0))
+        if len(order) < len(batch) or batch.tokens.numel() > self._config.micro_batch_tokens:
+            return token_values(self.critic, batch, self._config.micro_batch_tokens)
+        self._ahead = self.critic.values(batch.select(order))
+        values = torch.empty_like(self._ahead.detach())
+        values[batch.places(order)] = self._ahead.detach()
+        return values
+
+    def _mini_batches(self, count: int, step: int, epoch: int) -> Iterator[list[int]]:
+        return mini_batches(count, self._config.num_mini_batches, f"{self._config.seed} {step} {epoch}")
+
     def update(self, whole: Tokens, step: int) -> tuple[float, dict[str, float]]:
         """All updates with a step's answers; (mean loss of an update, figures)."""
         noted = _Noted()
         for epoch in range(self._config.num_ppo_epochs):
-            for part in mini_batches(len(whole.batch), self._config.num_mini_batches, f"{self._config.seed} {step} {epoch}"):
+            for part in self._mini_batches(len(whole.batch), step, epoch):
                 if not self._update(whole.select(part), step > self._config.critic_warmup_steps, noted):
                     noted.stopped = True
                     return self._told(noted)
@@ -329,6 +347,10 @@ class _Learner:
         optimizers = [self.optimizer, self.critic_optimizer] if policy else [self.critic_optimizer]
         for optimizer in optimizers:
             optimizer.zero_grad()
+        # The critic first: its values may wait for it, with all that their backward needs.
+        value = run.accumulate(
+            self.critic, mini.batch, most, lambda part, count, own: self._value(part, count, mini.of(own), noted)
+        )
         if policy:
             before = len(noted.moves.logs)
             loss = run.accumulate(
@@ -341,15 +363,12 @@ class _Learner:
                 bins, self.cursor = self._text.take(self.cursor, max(1, round(config.ptx_ratio * len(mini.batch))))
                 text = pack([piece for pieces in bins for piece in pieces])
                 noted.add("ptx", run.accumulate(self.model, text, most, self._ptx) / config.ptx_coef)
-        value = run.accumulate(
-            self.critic, mini.batch, most, lambda part, count, own: self._value(part, count, mini.of(own), noted)
-        )
         noted.add("value", value / config.vf_coef)
         noted.norms.append(run.update(*optimizers))
         return True
 
     def _policy(self, part: PackedBatch, count: int, own: Mapping[str, Tensor], noted: _Noted) -> Tensor:
-        out = self.model.score(part, self._config.temperature)
+        out = self.model.score(part, self._config.temperature, completion_only=True)
         assert part.logprobs is not None
         given = out.logprobs, part.logprobs, own["advantages"], part.completion_mask, self._config.cliprange
         noted.moves.note(*given, out.entropy[part.completion_mask])
@@ -360,7 +379,9 @@ class _Learner:
         return self._config.ptx_coef * cross_entropy(self.model.score(part).logprobs, part.completion_mask, count)
 
     def _value(self, part: PackedBatch, count: int, own: Mapping[str, Tensor], noted: _Noted) -> Tensor:
-        values, old, returns = baselines(self.critic.values(part), part), own["old_values"], own["returns"]
+        read = self.critic.values(part) if self._ahead is None else self._ahead
+        self._ahead = None
+        values, old, returns = baselines(read, part), own["old_values"], own["returns"]
         span = self._config.cliprange_value
         with torch.no_grad():
             near = torch.clamp(values, old - span, old + span)

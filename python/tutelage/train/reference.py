@@ -50,7 +50,7 @@ def logps(model: Model, batch: PackedBatch, max_tokens: int, done: Callable[[int
     finished = 0
     with torch.no_grad():
         for part in batch.split(max(max_tokens, *batch.lengths)):
-            sums.append(part.sum(model.score(part).logprobs))
+            sums.append(part.sum(model.score(part, completion_only=True).logprobs))
             finished += len(part)
             if done is not None:
                 done(finished)

@@ -500,7 +500,11 @@ def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
             return f"{name} is the first parameter that is not finite"
     what = "log-prob" if model.head == "lm" else "reward"
     with torch.no_grad():
-        found = batch.sum(model.score(batch).logprobs) if model.head == "lm" else batch.last(model.values(batch))
+        found = (
+            batch.sum(model.score(batch, completion_only=True).logprobs)
+            if model.head == "lm"
+            else batch.last(model.values(batch))
+        )
     rows = [str(first + row) for row in torch.nonzero(~torch.isfinite(found)).flatten().tolist()]
     if not rows:
         return f"Every {what} is finite: the objective makes the number"

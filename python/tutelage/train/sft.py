@@ -104,7 +104,7 @@ def sft(
                 rows: Sequence[Example] = taken,
                 entropies: list[float] = entropies,
             ) -> torch.Tensor:
-                out = model.score(part)
+                out = model.score(part, completion_only=objective is None)
                 entropies += part.sum(out.entropy.detach()).tolist()
                 if objective is None:
                     return cross_entropy(out.logprobs, part.completion_mask, denominator)
