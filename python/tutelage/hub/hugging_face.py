@@ -1,17 +1,19 @@
-"""Hugging Face folders, in and out: config.json, and the weights as one or several safetensors files.
+"""Hugging Face folders, in and out: config.json, generation_config.json, the weights, and the model card.
 
-Nothing is downloaded and nothing unpickled.
+Nothing is downloaded and nothing unpickled. The tokenizer's files are `data.tokenizer`'s.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,15 +22,21 @@ from tutelage.config import Head, ModelConfig
 from tutelage.files import DISK, Buffer, Disk
 from tutelage.hub import config_json
 from tutelage.hub.config_json import read_json
+from tutelage.hub.model_card import CARD, Lineage, Stage, card, may_replace, read_lineage
 from tutelage.hub.weights import INDEX, WEIGHTS, read_tensors, weight_files, weight_parts
 
 __all__ = [
+    "CARD",
     "CONFIG",
     "GENERATION_CONFIG",
     "INDEX",
     "WEIGHTS",
+    "Origin",
+    "Stage",
+    "StoredDtype",
     "read_config",
     "read_eos_token_ids",
+    "read_origin",
     "read_reward_bias",
     "read_tensors",
     "write_folder",
@@ -39,11 +47,29 @@ GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 REWARD_BIAS = "reward_bias"
 
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+
+_log = logging.getLogger(__name__)
+
 _MODEL_FILE = re.compile(
     r"(generation_)?config\.json|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 _LARGEST_BIAS = 1e30  # values are float32
 _SMALLEST_ELEMENT = 2  # bytes, of float16 and bfloat16
+_COMPARED_AT_ONCE = 1 << 22  # elements
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a folder holds that a model does not know, and that is there again when the model is saved."""
+
+    config: Mapping[str, Any]
+    """Fields of config.json that no number depends on, and its model_type."""
+    generation: Mapping[str, Any]
+    """generation_config.json, with what older folders have of it in config.json."""
+    dtypes: Mapping[str, torch.dtype]
+    """What each tensor was stored as."""
+    lineage: Lineage
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, Head]:
@@ -58,15 +84,15 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, Head]:
     """
     folder = Path(folder)
     weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
-    config, head = config_json.read_model(folder / CONFIG, read_json(folder / CONFIG))
-    count = config_json.count_weights(config)
+    described = config_json.read_model(folder / CONFIG, read_json(folder / CONFIG))
+    count = config_json.count_weights(described.config)
     if count * _SMALLEST_ELEMENT > weight_bytes:
         raise ValueError(
             f"{folder / CONFIG} describes {count:,} weights, more than fit into the "
             f"{weight_bytes:,} bytes of the folder's safetensors files: they belong to another model, or one "
             "of the two is damaged"
         )
-    return config, head
+    return described.config, described.head
 
 
 def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
@@ -85,6 +111,18 @@ def read_eos_token_ids(folder: str | Path) -> tuple[int, ...]:
             raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, but it is {reprlib.repr(value)}")
         return tuple(ids)
     return ()
+
+
+def read_origin(folder: str | Path, dtypes: Mapping[str, torch.dtype]) -> Origin:
+    """What else a folder holds. dtypes: what its tensors, by the model's names, are stored as.
+
+    Raises ValueError as `read_config`, and naming a generation_config.json that is no JSON object.
+    """
+    folder = Path(folder)
+    described = config_json.read_model(folder / CONFIG, read_json(folder / CONFIG))
+    path = folder / GENERATION_CONFIG
+    generation = read_json(path) if path.exists() else {}
+    return Origin(described.kept, {**described.generation, **generation}, dict(dtypes), read_lineage(folder))
 
 
 def read_reward_bias(folder: str | Path) -> float:
@@ -111,41 +149,97 @@ def write_folder(
     eos_token_ids: Sequence[int] = (),
     bos_token_id: int | None = None,
     reward_bias: float = 0.0,
+    origin: Origin | None = None,
+    dtype: StoredDtype | None = None,
+    stage: Stage | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     disk: Disk = DISK,
 ) -> None:
     """Writes a model so that transformers' `Auto…from_pretrained` and `read_config`, `read_tensors` load it.
 
     Everything is written under temporary names first. Then config.json is the first file to go and the last
-    to come: a folder with a config.json holds one model, whole. Files of other kinds are left alone. Extra
-    memory: 16 MiB.
+    to come: a folder with a config.json holds one model, whole. Files of other kinds are left alone, and so is a
+    README.md that tutelage did not write. Extra memory: 16 MiB.
 
     Args:
         folder: made if missing.
-        tensors: (name, tensor), of one dtype, under the names that transformers uses.
+        tensors: (name, tensor), under the names that transformers uses.
         eos_token_ids, bos_token_id: what transformers' `generate` stops at and starts from.
         reward_bias: see `read_reward_bias`; transformers keeps the field, but does not subtract it.
+        origin: of the folder that the model came from: its other settings are written too.
+        dtype: to store the weights in. None: what they were loaded from, where that holds every one of them exactly,
+            so that a folder loaded and saved has the same bytes; otherwise as they are (float32), which is logged.
+        stage: what was done to the model since, for the model card.
         max_shard_bytes: above it the weights become several files and an index.
 
     Raises:
-        ValueError: transformers has no class for such a model; FileError.
+        ValueError: transformers has no class for such a model; a weight too large for `dtype`, naming its tensor; FileError.
     """
     folder = Path(folder)
     weights = dict(tensors)
-    special_ids = {
+    special_ids: dict[str, Any] = {
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_ids[0] if len(eos_token_ids) == 1 else list(eos_token_ids) or None,
     }
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    document = {**config_json.describe(config, head), **special_ids, "pad_token_id": None, "torch_dtype": dtype}
+    stored = _stored_dtypes(weights, origin, dtype)
+    widest = max(stored.values(), key=lambda one: one.itemsize)
+    # Of float16 beside bfloat16 neither holds the other.
+    name = str(widest if len({one for one in stored.values() if one.itemsize == widest.itemsize}) == 1 else torch.float32)
+    kept = {} if origin is None else origin.config
+    pad = kept.get("pad_token_id")
+    if head == "scalar" and pad in eos_token_ids:
+        pad = None  # transformers would read the reward before the token that ends the text, not after it
+    document = {
+        **config_json.describe(config, head, kept),
+        **special_ids,
+        "pad_token_id": pad,
+        "torch_dtype": name.removeprefix("torch."),
+    }
     if reward_bias:
         document[REWARD_BIAS] = reward_bias
-    parts = weight_parts(weights, max_shard_bytes)
-    if eos_token_ids and head == "lm":
-        parts[GENERATION_CONFIG] = [_json(special_ids)]
+    parts = weight_parts(weights, stored, max_shard_bytes)
+    generation = {} if origin is None else origin.generation
+    if head == "lm" and (eos_token_ids or generation):
+        parts[GENERATION_CONFIG] = [_json({**generation, **special_ids})]
+    if may_replace(folder / CARD):
+        lineage = (Lineage() if origin is None else origin.lineage).then(stage)
+        parameters = sum(tensor.numel() for tensor in weights.values())
+        parts[CARD] = [card(head, document["architectures"][0], parameters, document["torch_dtype"], lineage, reward_bias)]
     parts[CONFIG] = [_json(document)]
     files.make_folder(folder, disk)
     _replace_files(folder, parts, disk)
+
+
+def _stored_dtypes(
+    weights: Mapping[str, torch.Tensor], origin: Origin | None, dtype: StoredDtype | None
+) -> dict[str, torch.dtype]:
+    """What each tensor is stored as."""
+    if dtype is not None:
+        chosen = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+        for name, tensor in weights.items():
+            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if largest > torch.finfo(chosen).max:
+                raise ValueError(f"{name} holds {largest:g}, too large for {dtype}: save the model as float32")
+        return dict.fromkeys(weights, chosen)
+    own = {name: tensor.dtype for name, tensor in weights.items()}
+    if origin is None or not origin.dtypes:
+        return own
+    before = list(origin.dtypes.values())
+    usual = max(set(before), key=before.count)  # of a tensor that is new, as a reward model's head
+    wanted = {name: origin.dtypes.get(name, usual) for name in weights}
+    for name, tensor in weights.items():
+        if not _holds(wanted[name], tensor):
+            _log.info("%s does not hold %s exactly, as it is now: all weights are saved as %s", usual, name, own[name])
+            return own
+    return wanted
+
+
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of this dtype can have exactly these numbers."""
+    if dtype == tensor.dtype:
+        return True
+    pieces = torch.split(tensor.reshape(-1), _COMPARED_AT_ONCE)
+    return all(torch.equal(piece.to(dtype).to(piece.dtype), piece) for piece in pieces)
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
@@ -176,5 +270,5 @@ def _remove_model(folder: Path, prefix: str, disk: Disk) -> None:
     """Removes the files that `write_folder` makes, where they carry this prefix."""
     for path in sorted(folder.iterdir()):
         name = path.name.removeprefix(prefix)
-        if prefix + name == path.name and _MODEL_FILE.fullmatch(name):
+        if prefix + name == path.name and (_MODEL_FILE.fullmatch(name) or (prefix and name == CARD)):
             files.remove(path, disk)

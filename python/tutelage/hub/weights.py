@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -36,10 +37,11 @@ class _Source(NamedTuple):
 def read_tensors(
     folder: str | Path, expected: Mapping[str, Sequence[int]], *, tied: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a folder, each once, as float32 on the CPU, one in memory at a time.
+    """The tensors of a folder, each once, as they are stored (float64 as float32), mapped into memory.
 
-    All names and shapes are checked before the first tensor is read. Names may lack their prefix ("model.",
-    "transformer."); buffers that are no parameters are passed over, and so is a head that is not expected.
+    All names and shapes are checked before the first tensor is read, and every number of a tensor before it is handed
+    on. Names may lack their prefix ("model.", "transformer."); buffers that are no parameters are passed over, and so is
+    a head that is not expected.
 
     Args:
         expected: name -> shape of every tensor that must be there.
@@ -47,7 +49,7 @@ def read_tensors(
 
     Raises:
         ValueError: naming the file and the tensor that is missing, unexpected, stored twice, of another
-            shape or not of floating point; a folder that holds only pickled weights.
+            shape, not of floating point or not finite; a folder that holds only pickled weights.
     """
     folder = Path(folder)
     found: dict[str, _Source] = {}
@@ -76,7 +78,24 @@ def _load(found: Mapping[str, _Source], expected: Mapping[str, Sequence[int]]) -
     for path, group in groupby(wanted, key=lambda entry: entry[1].path):
         with _open(path) as file:
             for name, source in group:
-                yield name, file.get_tensor(source.stored).to(torch.float32)
+                tensor = file.get_tensor(source.stored)
+                if tensor.dtype == torch.float64:  # no model has it, and its range is wider
+                    tensor = tensor.to(torch.float32)
+                _check_finite(source, tensor)
+                yield name, tensor
+
+
+def _check_finite(source: _Source, tensor: torch.Tensor) -> None:
+    # The least and the greatest number are NaN where any is: one pass over the memory, which the copy needs next.
+    if not tensor.numel() or all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
+        return
+    flat = tensor.reshape(-1)
+    place = int((~torch.isfinite(flat)).nonzero()[0])
+    index = [int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape)]
+    raise ValueError(
+        f"{source.path}: {source.stored} holds {flat[place].item()} at {index}: the weights are damaged, or of a training that "
+        "diverged"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -158,22 +177,27 @@ def _read_one(source: _Source) -> torch.Tensor:
         return tensor
 
 
-def weight_parts(weights: Mapping[str, torch.Tensor], max_shard_bytes: int) -> dict[str, Iterable[Buffer]]:
-    """File name -> content: model.safetensors, or shards and their index."""
+def weight_parts(
+    weights: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
+) -> dict[str, Iterable[Buffer]]:
+    """File name -> content: model.safetensors, or shards and their index. dtypes: what each tensor is stored as."""
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in weights.items()}
     shards: list[dict[str, torch.Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in weights.items():
-        if shards[-1] and tensor.nbytes > room:
+        if shards[-1] and sizes[name] > room:
             shards.append({})
             room = max_shard_bytes
         shards[-1][name] = tensor
-        room -= tensor.nbytes
+        room -= sizes[name]
     if len(shards) == 1:
-        return {WEIGHTS: safetensors_chunks(weights)}
+        return {WEIGHTS: safetensors_chunks(weights, dtypes=dtypes)}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
+        "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    parts: dict[str, Iterable[Buffer]] = {file: safetensors_chunks(shard) for file, shard in zip(names, shards, strict=True)}
+    parts: dict[str, Iterable[Buffer]] = {
+        file: safetensors_chunks(shard, dtypes=dtypes) for file, shard in zip(names, shards, strict=True)
+    }
     return {**parts, INDEX: [json.dumps(index, indent=2).encode() + b"\n"]}
