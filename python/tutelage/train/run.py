@@ -404,7 +404,8 @@ class Run:
 
         came_to: figures of the model as it is saved; one that is None or no number is left out.
         """
-        figures = {name: value for name, value in came_to.items() if value is not None and math.isfinite(value)}
+        # By name: a resumed run has them in the order of its checkpoint.
+        figures = {name: value for name, value in sorted(came_to.items()) if value is not None and math.isfinite(value)}
         stage = Stage(command, {**_chosen(self._config), **figures})
         model.save_pretrained(self.folder / "model", stage=stage)
 
