@@ -297,7 +297,7 @@ MISSING: Mapping[str, str] = {
     "starcoder2": "LayerNorms and a GELU MLP beside rotary positions",
     **dict.fromkeys(("arcee", "apertus"), "an MLP of another activation without a gate"),
     **dict.fromkeys(
-        ("albert", "bert", "deberta", "deberta_v2", "distilbert", "electra", "modernbert", "roberta", "xlm_roberta"), _ENCODER
+        ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"), _ENCODER
     ),
     **dict.fromkeys(
         ("bart", "mbart", "mt5", "pegasus", "t5", "t5gemma", "umt5", "whisper"),

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _MARK = "<!-- Written by tutelage, and replaced when a model is saved here again: remove this line to keep what you write. -->"
 _PASSED_ON = ("license", "license_name", "license_link", "language", "datasets")
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
-_LARGEST_CARD = 1 << 20  # bytes
+_LARGEST_CARD, _LARGEST_FRONT = 1 << 20, 1 << 16  # bytes; YAML takes a second for some 100,000
 _LONGEST, _MOST = 300, 100  # characters of a value, entries of a list
 _COMMAND = re.compile(r"[a-z_]{1,40}")
 
@@ -73,9 +73,11 @@ def read_lineage(folder: Path) -> Lineage:
     front: Any = {}
     if found:
         try:
+            if len(found[1]) > _LARGEST_FRONT:
+                raise ValueError(f"it is longer than {_LARGEST_FRONT:,} characters")
             front = yaml.safe_load(found[1])
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            _log.warning("%s: the front matter is not YAML and passes nothing on: %s", path, error)
+            _log.warning("%s: the front matter cannot be read and passes nothing on: %s", path, error)
     front = front if isinstance(front, dict) else {}
     base = _plain(front.get("base_model")) if _MARK in text else _name(folder)
     return Lineage(
