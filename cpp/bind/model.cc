@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bind/dlpack.h"
 #include "bind/generator.h"
@@ -49,17 +50,28 @@ Config read_config(const py::dict& f) {
   c.attention_out_bias = f["attention_out_bias"].cast<bool>();
   c.mlp_bias = f["mlp_bias"].cast<bool>();
   c.qk_norm = f["qk_norm"].cast<bool>();
+  c.rope_layers = f["rope_layers"].cast<std::vector<bool>>();
+  c.window_layers = f["window_layers"].cast<std::vector<bool>>();
   c.head = choice<Head>(f, "head", {{"lm", Head::lm}, {"scalar", Head::scalar}});
   if (!f["rope_scaling"].is_none()) {
     const auto s = f["rope_scaling"].cast<py::dict>();
     using Kind = RopeScaling::Kind;
-    c.rope_scaling.kind = choice<Kind>(s, "rope_type", {{"linear", Kind::linear}, {"llama3", Kind::llama3}});
+    c.rope_scaling.kind = choice<Kind>(s, "rope_type", {{"linear", Kind::linear}, {"llama3", Kind::llama3}, {"yarn", Kind::yarn}});
     c.rope_scaling.factor = s["factor"].cast<double>();
     if (c.rope_scaling.kind == Kind::llama3) {
       c.rope_scaling.low_freq_factor = s["low_freq_factor"].cast<double>();
       c.rope_scaling.high_freq_factor = s["high_freq_factor"].cast<double>();
-      c.rope_scaling.original_max_position_embeddings = s["original_max_position_embeddings"].cast<std::int64_t>();
     }
+    if (c.rope_scaling.kind == Kind::yarn) {
+      c.rope_scaling.beta_fast = s["beta_fast"].cast<double>();
+      c.rope_scaling.beta_slow = s["beta_slow"].cast<double>();
+      c.rope_scaling.attention_factor = s["attention_factor"].cast<double>();
+      c.rope_scaling.mscale = s["mscale"].cast<double>();
+      c.rope_scaling.mscale_all_dim = s["mscale_all_dim"].cast<double>();
+      c.rope_scaling.truncate = s["truncate"].cast<bool>();
+    }
+    if (c.rope_scaling.kind != Kind::linear)
+      c.rope_scaling.original_max_position_embeddings = s["original_max_position_embeddings"].cast<std::int64_t>();
   }
   return c;
 }

@@ -12,9 +12,40 @@ namespace {
 
 constexpr double kTwoPi = 6.283185307179586;
 
-double scaled_frequency(const RopeScaling& scaling, double frequency) {
+// YaRN (Peng et al. 2023, arXiv 2309.00071), as transformers computes it: the pairs before `low` stay, those from `high` on are
+// divided by the factor, linearly blended in between. The bounds are the pairs that turn beta_fast and beta_slow times within
+// the original length.
+struct YarnRange {
+  double low, high;
+};
+YarnRange yarn_range(const Config& config) {
+  const RopeScaling& scaling = config.rope_scaling;
+  const double d = static_cast<double>(config.head_dim), length = static_cast<double>(scaling.original_max_position_embeddings);
+  auto pair = [&](double turns) { return d * fixed_log(length / (turns * kTwoPi)) / (2 * fixed_log(config.rope_theta)); };
+  double low = pair(scaling.beta_fast), high = pair(scaling.beta_slow);
+  if (scaling.truncate) low = std::floor(low), high = std::ceil(high);
+  low = std::max(low, 0.0), high = std::min(high, d - 1);
+  return {low, low == high ? high + 0.001 : high};
+}
+
+// What yarn multiplies cosines and sines by: queries and keys grow, so attention is sharper over the longer context.
+double rotary_scale(const RopeScaling& scaling) {
+  if (scaling.kind != RopeScaling::Kind::yarn) return 1;
+  if (scaling.attention_factor > 0) return scaling.attention_factor;
+  auto grown = [&](double by) { return scaling.factor <= 1 ? 1.0 : 0.1 * by * fixed_log(scaling.factor) + 1; };
+  if (scaling.mscale > 0 && scaling.mscale_all_dim > 0) return grown(scaling.mscale) / grown(scaling.mscale_all_dim);
+  return grown(1);
+}
+
+double scaled_frequency(const Config& config, std::int64_t pair, double frequency) {
+  const RopeScaling& scaling = config.rope_scaling;
   if (scaling.kind == RopeScaling::Kind::none) return frequency;
   if (scaling.kind == RopeScaling::Kind::linear) return frequency / scaling.factor;
+  if (scaling.kind == RopeScaling::Kind::yarn) {
+    const YarnRange range = yarn_range(config);
+    const double divided = std::clamp((static_cast<double>(pair) - range.low) / (range.high - range.low), 0.0, 1.0);
+    return frequency / scaling.factor * divided + frequency * (1 - divided);
+  }
   // Llama 3: wavelengths shorter than original / high_freq_factor stay, longer than original / low_freq_factor are divided
   const double turns = static_cast<double>(scaling.original_max_position_embeddings) * frequency / kTwoPi;
   if (turns > scaling.high_freq_factor) return frequency;
@@ -56,8 +87,9 @@ RopeTables rope_tables(const Config& config, std::int64_t positions, int threads
   for (std::int64_t i = 0; i < half; ++i) {
     const double exponent = static_cast<double>(2 * i) / static_cast<double>(config.head_dim);
     const double frequency = fixed_exp(-exponent * fixed_log(config.rope_theta));
-    frequencies[static_cast<std::size_t>(i)] = static_cast<float>(scaled_frequency(config.rope_scaling, frequency));
+    frequencies[static_cast<std::size_t>(i)] = static_cast<float>(scaled_frequency(config, i, frequency));
   }
+  const double scale = rotary_scale(config.rope_scaling);
   RopeTables tables;
   tables.cos.resize(static_cast<std::size_t>(positions * half));
   tables.sin.resize(static_cast<std::size_t>(positions * half));
@@ -66,8 +98,8 @@ RopeTables rope_tables(const Config& config, std::int64_t positions, int threads
       for (std::int64_t i = 0; i < half; ++i) {
         const float angle = static_cast<float>(p) * frequencies[static_cast<std::size_t>(i)];
         const SinCos value = fixed_sincos(static_cast<double>(angle));
-        tables.cos[static_cast<std::size_t>(p * half + i)] = static_cast<float>(value.cos);
-        tables.sin[static_cast<std::size_t>(p * half + i)] = static_cast<float>(value.sin);
+        tables.cos[static_cast<std::size_t>(p * half + i)] = static_cast<float>(scale * value.cos);
+        tables.sin[static_cast<std::size_t>(p * half + i)] = static_cast<float>(scale * value.sin);
       }
   });
   return tables;

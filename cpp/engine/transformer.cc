@@ -37,14 +37,14 @@ void Transformer::check(const Batch& batch) const {
   require_token_ids("tokens", batch.ids, batch.tokens, config_.vocab_size, batch.cu_seqlens, batch.sequences);
 }
 
-AttentionShape Transformer::attention_shape(const Graph& g) const {
+AttentionShape Transformer::attention_shape(const Graph& g, std::size_t index) const {
   return {g.sequences_,
           g.cu_seqlens_.data(),
           config_.num_attention_heads,
           config_.num_key_value_heads,
           config_.head_dim,
           true,
-          config_.sliding_window,
+          config_.window(index),
           1 / std::sqrt(static_cast<double>(config_.head_dim))};
 }
 
@@ -187,7 +187,7 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
     n.rstd = at(a.qk_rstd, g.tokens_ * c.num_attention_heads, e);
     table_.rms_norm(n, threads);
   }
-  if (!c.learned_positions)
+  if (c.rotates(index))
     table_.rope({g.tokens_, qk_heads, c.head_dim, queries, qk_row, queries, qk_row, g.positions_.data(), g.rotary_->cos.data(),
                  g.rotary_->sin.data(), false},
                 threads);
@@ -215,7 +215,7 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
 // What layer `index` finds in the cache.
 CachedAttention Transformer::cached(const Graph& g, std::size_t index) const {
   const GenerationRows& rows = *g.rows_due_;
-  const AttentionShape shape = attention_shape(g);
+  const AttentionShape shape = attention_shape(g, index);
   CachedAttention c;
   c.heads = shape.heads, c.kv_heads = shape.kv_heads, c.head_dim = shape.head_dim, c.window = shape.window;
   c.scale = shape.scale, c.segments = static_cast<std::int64_t>(rows.blocks.size());
@@ -229,7 +229,7 @@ void Transformer::attend(const Graph& g, std::size_t index, const void* queries,
                          int threads) const {
   const std::int64_t e = table_.activation_size, q = config_.query_width(), kv = config_.key_width();
   const void *keys = at(queries, q, e), *values = at(static_cast<const void*>(a.qkv), q + kv, e);
-  const AttentionShape shape = attention_shape(g);
+  const AttentionShape shape = attention_shape(g, index);
   if (g.rows_due_ == nullptr) {
     table_.flash_attention({shape, queries, keys, values, qk_row, qk_row, config_.qkv_width(), a.o, q, a.lse}, threads);
     return;
@@ -531,7 +531,7 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   // attention
   linear_backward(g, params, grads, w.out, w.out_bias, q, d, a.o, s.dx, s.d_o, threads);
   AttentionBackward attention;
-  attention.shape = attention_shape(g);
+  attention.shape = attention_shape(g, index);
   const void* queries = c.qk_norm ? a.qk : a.qkv;
   const std::int64_t qk_row = c.qk_norm ? q + kv : qkv;
   void* d_queries = c.qk_norm ? s.d_qk : s.d_qkv;
@@ -543,7 +543,7 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   attention.dk = at(d_queries, q, e), attention.dk_row = qk_row;
   attention.dv = at(s.d_qkv, q + kv, e), attention.dv_row = qkv;
   table_.flash_attention_backward(attention, threads);
-  if (!c.learned_positions)
+  if (c.rotates(index))
     table_.rope({n, c.num_attention_heads + c.num_key_value_heads, c.head_dim, d_queries, qk_row, d_queries, qk_row,
                  g.positions_.data(), g.rotary_->cos.data(), g.rotary_->sin.data(), true},
                 threads);

@@ -152,7 +152,7 @@ class Transformer {
                      void* dx, bool accumulate, int threads);
   void linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
               const void* x, std::int64_t x_row, Matmul fused, int threads) const;
-  AttentionShape attention_shape(const Graph& g) const;
+  AttentionShape attention_shape(const Graph& g, std::size_t index) const;
   void linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
                        std::int64_t out, const void* x, const void* dy, void* dx, int threads);
   void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,

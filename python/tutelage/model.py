@@ -91,6 +91,8 @@ class Model:
         self.recompute = recompute
         self.logits_budget = logits_budget
         self.tokenizer: Tokenizer | None = None
+        self.origin: hugging_face.Origin | None = None
+        """What the folder that the model came from holds beside it; saved with it again."""
         self.reward_bias = 0.0
         """Subtracted from every value of a scalar head; saved with the model."""
         self._level = level
@@ -355,7 +357,7 @@ class Model:
         )
         other.params.copy_(self.params)
         other.tokenizer, other._eos_token_ids = self.tokenizer, self._eos_token_ids
-        other.reward_bias = self.reward_bias
+        other.reward_bias, other.origin = self.reward_bias, self.origin
         return other
 
     @classmethod
@@ -377,9 +379,12 @@ class Model:
         tied = config.tie_word_embeddings and wanted == "lm"
         if fresh_head:
             del expected["score.weight"]
+        dtypes = {}
         with torch.no_grad():
             for name, tensor in hugging_face.read_tensors(folder, expected, tied=tied):
                 model._view(model.params, name).copy_(tensor)
+                dtypes[name] = tensor.dtype
+        model.origin = hugging_face.read_origin(folder, dtypes)
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
         model.eos_token_ids = hugging_face.read_eos_token_ids(folder)
@@ -387,19 +392,44 @@ class Model:
             model.reward_bias = hugging_face.read_reward_bias(folder)
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: hugging_face.StoredDtype | None = None,
+        stage: hugging_face.Stage | None = None,
+    ) -> None:
+        """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load.
+
+        What came with the model (tokenizer, chat template, generation settings, license) is written too.
+
+        Args:
+            dtype: to store the weights in: "float32", "float16" or "bfloat16", rounded to it. None: the one they were loaded
+                from where it holds all of them exactly (a folder loaded and saved has the same bytes), else float32.
+            stage: what was done to the model, for its card, README.md. A README.md of somebody's own stays.
+
+        Raises:
+            ValueError: no class of transformers has the model's options; a weight is too large for ``dtype``.
+        """
         hugging_face.write_folder(
             folder,
             self.config,
             self.head,
             self.named_parameters(),
             eos_token_ids=self.eos_token_ids,
-            bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
+            bos_token_id=self._bos_token_id(),
             reward_bias=self.reward_bias,
+            origin=self.origin,
+            dtype=dtype,
+            stage=stage,
         )
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
+
+    def _bos_token_id(self) -> int | None:
+        if self.tokenizer is not None:
+            return self.tokenizer.bos_token_id
+        return None if self.origin is None else self.origin.config.get("bos_token_id")
 
 
 def _check_unchanged(model: Model, version: int) -> None:

@@ -32,36 +32,45 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
 
 
-def safetensors_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Buffer]:
+def safetensors_chunks(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Iterator[Buffer]:
     """The bytes of a safetensors file, for `files.write_file_atomic` or a checkpoint, a piece at a time.
 
     Widest elements first, then by name, as the safetensors library does it: each tensor is aligned to its
-    element. The metadata {"format": "pt"}, which transformers asks for, is added. Raises TypeError naming a
-    tensor whose name, dtype or layout the format does not have.
+    element. The metadata {"format": "pt"}, which transformers asks for, is added.
+
+    dtypes: what to store a tensor as, where not as what it is; converted a piece at a time.
+
+    Raises TypeError naming a tensor whose name, dtype or layout the format does not have.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    stored = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))
     header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         tensor = tensors[name]
         if name == METADATA:
             raise TypeError(f"no tensor can be named {name!r}: the format uses that name itself")
-        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided:
-            raise TypeError(f"the tensor {name!r} is {tensor.dtype}, {tensor.layout}: a safetensors file cannot hold it")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        if stored[name] not in _DTYPE_NAMES or tensor.layout != torch.strided:
+            raise TypeError(f"the tensor {name!r} is {stored[name]}, {tensor.layout}: a safetensors file cannot hold it")
+        begin, end = end, end + tensor.numel() * stored[name].itemsize
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[stored[name]],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(math.ceil(len(text) / _HEADER_ALIGNMENT) * _HEADER_ALIGNMENT)
-    return _chunks(text, [tensors[name] for name in names])
+    return _chunks(text, [(tensors[name], stored[name]) for name in names])
 
 
-def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[Buffer]:
+def _chunks(header: bytes, tensors: Iterable[tuple[torch.Tensor, torch.dtype]]) -> Iterator[Buffer]:
     yield len(header).to_bytes(8, "little") + header
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for start in range(0, len(flat), PIECE_BYTES):
-            yield flat[start : start + PIECE_BYTES].cpu().numpy().data
+    for tensor, dtype in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        for piece in torch.split(flat, PIECE_BYTES // flat.element_size()):
+            if len(piece):  # an empty tensor is one empty piece
+                yield piece.to(dtype).view(torch.uint8).cpu().numpy().data

@@ -51,6 +51,15 @@ KINDS: dict[str, ModelConfig] = {
     "qwen2": ModelConfig(**_LLAMA, attention_bias=True, attention_out_bias=False),
     "qwen3": ModelConfig(**{**_LLAMA, "hidden_size": 40}, head_dim=24, qk_norm=True, tie_word_embeddings=True),
     "mistral": ModelConfig(**_LLAMA, sliding_window=7),
+    "smollm3": ModelConfig(  # every option that differs between blocks, and yarn
+        **{**_LLAMA, "num_hidden_layers": 3},
+        attention_bias=True,
+        mlp_bias=True,
+        sliding_window=7,
+        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        no_rope_layers=(1, 0, 1),
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
     "layernorm": ModelConfig(
         **_LLAMA, norm="layernorm", mlp="gelu_erf", attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chats_for_tests import CHATML, save_tokenizer
 from forked import Forker
 from tutelage import Model, ModelConfig, Tokenizer
 from tutelage.files import newest_complete
+from tutelage.hub.model_card import Stage, read_lineage
 
 
 def kill_rounds(few: int, many: int) -> pytest.MarkDecorator:
@@ -42,6 +44,18 @@ def save_model(folder: Path, template: str | None = CHATML, seed: int = 0, **opt
     model.tokenizer = tokenizer
     model.save_pretrained(folder)
     return folder
+
+
+def overflow(model: Model) -> None:
+    """Every weight stays a number (a folder with one that is not is refused), and no log-prob or reward is one."""
+    with torch.no_grad():
+        model.params.mul_(1e3)
+        dict(model.named_parameters())["model.norm.weight"].fill_(3e38)
+
+
+def done_to(folder: Path) -> list[Stage]:
+    """What the card of a saved model says was done to it."""
+    return list(read_lineage(folder).stages)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

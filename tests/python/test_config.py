@@ -37,6 +37,9 @@ LLAMA3 = {
 }
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
 def test_defaults_that_follow_from_other_fields() -> None:
     config = ModelConfig(**SIZES)
     assert config.head_width == 8 and config.kv_heads == 4
@@ -115,11 +118,11 @@ def gpt2_needs(field: str, needed: object, given: object) -> tuple[dict[str, Any
         ({**SIZES, "sliding_window": 0}, "sliding_window must be at least 1 or None, but it is 0"),
         (
             {**SIZES, "rope_scaling": {"rope_type": "yarn"}},
-            "rope_scaling: rope_type must be linear or llama3, but it is 'yarn'",
+            "rope_scaling of type yarn lacks factor, original_max_position_embeddings",
         ),
         (
             {**SIZES, "rope_scaling": {}},
-            "rope_scaling: rope_type must be linear or llama3, but it is None",
+            "rope_scaling: rope_type must be one of linear, llama3, yarn, but it is None",
         ),
         (
             {**SIZES, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -129,6 +132,26 @@ def gpt2_needs(field: str, needed: object, given: object) -> tuple[dict[str, Any
             {**SIZES, "rope_scaling": {**LLAMA3, "factor": 0.0}},
             "rope_scaling: factor must be positive and finite, but it is 0.0",
         ),
+        ({**SIZES, "rope_scaling": {**YARN, "betafast": 3}}, "rope_scaling of type yarn has no betafast"),
+        ({**SIZES, "rope_scaling": {**LLAMA3, "beta_fast": 3}}, "rope_scaling of type llama3 has no beta_fast"),
+        ({**SIZES, "rope_scaling": {**YARN, "mscale": -1}}, "rope_scaling: mscale must be positive and finite, but it is -1"),
+        ({**SIZES, "rope_scaling": {**YARN, "truncate": 0}}, "rope_scaling: truncate must be True or False, but it is 0"),
+        (
+            {**SIZES, "rope_scaling": YARN, "rope_theta": 1.0},
+            "rope_scaling of type yarn needs rope_theta above 1, but it is 1.0",
+        ),
+        (
+            {**SIZES, "sliding_window": 4, "layer_types": ["full_attention"]},
+            "layer_types must name full_attention or sliding_attention for each of the 2 blocks, but it is ['full_attention']",
+        ),
+        (
+            {**SIZES, "sliding_window": 4, "layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types must name full_attention or sliding_attention for each of the 2 blocks, but it is "
+            "['full_attention', 'chunked_attention']",
+        ),
+        ({**SIZES, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types needs a sliding_window"),
+        ({**SIZES, "no_rope_layers": [1, 2]}, "no_rope_layers must name 0 or 1 for each of the 2 blocks, but it is [1, 2]"),
+        gpt2_needs("no_rope_layers", None, (1, 0)),
         gpt2_needs("norm", "layernorm", "rmsnorm"),
         gpt2_needs("mlp", "gelu", "swiglu"),
         gpt2_needs("attention_bias", True, False),

@@ -20,7 +20,18 @@ import torch
 from chats_for_tests import turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, save_model, uninterrupted, weights, write_rows
+from runs_for_tests import (
+    Whole,
+    digest,
+    done_to,
+    kill_rounds,
+    killed_and_resumed,
+    overflow,
+    save_model,
+    uninterrupted,
+    weights,
+    write_rows,
+)
 from tutelage import Model, load_preferences, load_unpaired, objectives, pack
 from tutelage.cli import main
 from tutelage.data.examples import Example
@@ -152,6 +163,9 @@ def test_it_learns_what_is_preferred(method: str, base: Path, data: Path, tmp_pa
     """Also of questions that it was never asked. Negative control: without steps it prefers neither."""
     result = run(method, base, data, tmp_path / "run", max_steps=40, logging_steps=1, eval_steps=40)
     assert lead(result.folder, data) > lead(base, data) + 2
+    *_, stage = done_to(result.folder)
+    assert stage.command == ("orpo" if method == "orpo" else "dpo") and stage.figures["steps"] == 40
+    assert stage.figures["eval_loss"] == result.eval_loss and len(stage.figures["data"]) == 1
     lines = lines_of(tmp_path / "run")
     training = [line for line in lines if "loss" in line]
     assert training[-1]["rewards/margins"] > training[0]["rewards/margins"] + 0.1
@@ -424,8 +438,7 @@ def test_the_reference_model_is_freed_before_the_first_step(
 
 def test_a_reference_that_gives_no_numbers_is_an_error(base: Path, data: Path, tmp_path: Path) -> None:
     broken = Model.from_pretrained(base)
-    with torch.no_grad():
-        broken.params.fill_(math.nan)
+    overflow(broken)
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(NonFiniteError, match="the reference model's log-prob of sequence 0 is nan: its weights are damaged"):
         run("sigmoid", base, data, tmp_path / "run", ref_model=str(tmp_path / "broken"))

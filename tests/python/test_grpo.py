@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, uninterrupted, weights
+from runs_for_tests import Whole, digest, done_to, kill_rounds, killed_and_resumed, uninterrupted, weights
 from trying_for_tests import (
     ANSWER,
     Watched,
@@ -323,6 +323,7 @@ def test_a_group_of_equal_scores_teaches_nothing(world: World, tmp_path: Path) -
         0,
         0,
     )
+    assert done_to(result.folder)[-1].command == "grpo"
     assert bits(Model.from_pretrained(result.folder).params) == bits(Model.from_pretrained(world.policy).params)
 
 

@@ -25,6 +25,7 @@ from tutelage import files
 from tutelage.config import ModelConfig
 from tutelage.files import Disk, Operation
 from tutelage.hub.hugging_face import (
+    CARD,
     CONFIG,
     INDEX,
     WEIGHTS,
@@ -52,6 +53,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GPT2 = {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 GPT2_OURS: dict[str, Any] = {
     **{name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")},
@@ -98,6 +100,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], ModelConfig]] = {
         "Qwen3",
         {**SIZES, "attention_bias": True},
         ModelConfig(**SIZES, qk_norm=True, attention_bias=True, norm_eps=1e-6),
+    ),
+    "qwen3 with a window in some blocks": (
+        "Qwen3",
+        {**SIZES, "use_sliding_window": True, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+        ModelConfig(
+            **SIZES, qk_norm=True, sliding_window=9, layer_types=("sliding_attention", "full_attention"), norm_eps=1e-6
+        ),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {**SIZES, "no_rope_layers": [1, 0], "rope_scaling": YARN, "rope_theta": 5e5, "pad_token_id": None},
+        ModelConfig(**SIZES, no_rope_layers=(1, 0), rope_scaling=YARN, rope_theta=5e5, tie_word_embeddings=True, norm_eps=1e-6),
     ),
     "gpt2": ("GPT2", {**GPT2, "n_inner": 40}, ModelConfig(**GPT2_OURS, tie_word_embeddings=True)),
     "gpt2, erf, untied": (
@@ -172,8 +186,8 @@ def refused_tensors(folder: Path, state: dict[str, torch.Tensor], message: str, 
 def assert_same(loaded: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     assert loaded.keys() == state.keys()
     for name, tensor in state.items():
-        assert loaded[name].dtype == torch.float32
-        assert torch.equal(loaded[name], tensor.float()), name
+        assert loaded[name].dtype == (torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
+        assert torch.equal(loaded[name], tensor.to(loaded[name].dtype)), name
 
 
 # --- what transformers writes -------------------------------------------------------------------------------
@@ -215,7 +229,7 @@ def test_reads_the_layout_of_transformers_4(tmp_path: Path, saved: Any, name: st
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     """A config.json that leaves out what it may means what transformers' class makes of it."""
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    for kind in ("Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"):
+    for kind in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "GPT2"):
         config = getattr(transformers, kind + "Config")()
         config.save_pretrained(tmp_path / "full")
         needed = {
@@ -293,7 +307,8 @@ def test_pickled_weights_are_refused(llama: Any) -> None:
     [
         (
             {"model_type": "gemma"},
-            "model_type must be one of llama, mistral, qwen2, qwen3, gpt2, but it is 'gemma'",
+            "model_type is 'gemma', which has norms that multiply by 1 + weight, scaled embeddings and a GELU-gated MLP; "
+            "tutelage runs llama, mistral, qwen2, qwen3, smollm3, gpt2",
         ),
         ({"model_type": 3}, "model_type must be a string, but it is 3"),
         ({"vocab_size": None}, "vocab_size must be an integer from 1 to 2147483647, but it is None"),
@@ -318,14 +333,22 @@ def test_pickled_weights_are_refused(llama: Any) -> None:
         ({"mlp_bias": 1}, "mlp_bias must be true or false, but it is 1"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object, but it is [1]"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 2}},
-            "rope_scaling.type must be default, linear or llama3",
+            {"rope_scaling": {"type": "su", "factor": 2}},
+            "rope_scaling.type must be default, linear, llama3 or yarn: other rotations for longer sequences would make a "
+            "token's log-prob depend on the tokens behind it, but it is 'su'",
         ),
         (
             {"rope_scaling": {"rope_type": "dynamic"}},
-            "rope_scaling.rope_type must be default, linear or llama3",
+            "rope_scaling.rope_type must be default, linear, llama3 or yarn: other rotations for longer sequences",
         ),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "but it is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "depend on the tokens behind it, but it is 'longrope'"),
+        (
+            {"rope_scaling": {"type": "mrope"}},
+            "rope_scaling.type must be default, linear, llama3 or yarn (other scalings are not supported), but it is 'mrope'",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": "1"}}, "rope_scaling.beta_slow must be a positive number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}}, "rope_scaling.truncate must be true or false"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "rope_scaling.factor must be a positive number, but it is 0"),
         (
             {"rope_scaling": {"type": "linear"}},
             "rope_scaling.factor must be a positive number, but it is missing",
@@ -377,13 +400,13 @@ def test_config_refused(llama: Any, changes: dict[str, Any], message: str) -> No
         ("mistral", {"sliding_window": 0}, "sliding_window must be an integer from 1"),
         (
             "qwen2 with a window",
-            {"layer_types": None, "max_window_layers": 1},
-            "sliding_window holds for 1 of 2 layers",
+            {"layer_types": ["sliding_attention", "chunked_attention"]},
+            "layer_types must name sliding_attention or full_attention for each of the 2 layers",
         ),
         (
             "qwen2 with a window",
-            {"layer_types": ["sliding_attention", "full_attention"]},
-            "set use_sliding_window to false to attend to all tokens in all layers",
+            {"layer_types": None, "num_hidden_layers": 2**31 - 1},
+            "num_hidden_layers must be at most 10000 where blocks differ, but it is 2147483647",
         ),
         (
             "qwen2 with a window",
@@ -391,6 +414,12 @@ def test_config_refused(llama: Any, changes: dict[str, Any], message: str) -> No
             "layer_types must name sliding_attention or",
         ),
         ("qwen3", {"use_sliding_window": 1}, "use_sliding_window must be true or false"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must say 1 (RoPE) or 0 for each of the 2 layers, but it is [1]"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers must say 1 (RoPE) or 0"),
+        ("smollm3", {"no_rope_layers": "10"}, "no_rope_layers must say 1 (RoPE) or 0"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval must be an integer from 1"),
+        ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000"),
+        ("gpt2", {"hidden_size": 48}, "hidden_size is another name of n_embd, which is 32, but it is 48"),
         (
             "gpt2",
             {"activation_function": "relu"},
@@ -679,7 +708,7 @@ def test_writes_shards(tmp_path: Path, saved: Any, name: str) -> None:
     # A smaller model in the same place leaves nothing of it, and nothing of other files is touched.
     (tmp_path / "README.md").write_text("mine")
     write_folder(tmp_path, config, "lm", state.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD, CONFIG, WEIGHTS]
     assert_same(dict(read_tensors(tmp_path, shapes(state))), state)
 
 
@@ -705,8 +734,8 @@ def test_shapes_that_llama_refuses_are_written_as_mistral(tmp_path: Path) -> Non
             "attention_bias without attention_out_bias in a Qwen3",
         ),
         ({"attention_bias": True, "attention_out_bias": False, "mlp_bias": True}, "mlp_bias in a Qwen2"),
-        ({"sliding_window": 4, "mlp_bias": True}, "mlp_bias in a Mistral"),
-        ({"sliding_window": 4, "attention_bias": True}, "attention_bias in a Mistral"),
+        ({"qk_norm": True, "no_rope_layers": (1, 0)}, "no_rope_layers in a Qwen3"),
+        ({"attention_bias": True, "attention_out_bias": False, "no_rope_layers": (1, 0)}, "no_rope_layers in a Qwen2"),
     ],
 )
 def test_models_that_transformers_lacks(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -749,7 +778,7 @@ def outcomes_of_interrupted_writes(folder: Path) -> set[str]:
         except ValueError:
             outcomes.add("nothing")
         write(new, 2.0, 10**9)  # leftovers are in nobody's way
-        assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+        assert sorted(path.name for path in folder.iterdir()) == [CARD, CONFIG, WEIGHTS]
         if finished:
             return outcomes
     raise AssertionError("the write never ended")
@@ -776,7 +805,7 @@ def test_a_full_disk_leaves_the_old_model_and_no_leftovers(tmp_path: Path, saved
 
     with pytest.raises(files.FileError, match="No space left on device"):
         write_folder(folder, config, "lm", state.items(), disk=Disk(full))
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == [CARD, CONFIG, WEIGHTS]
     assert_same(dict(read_tensors(folder, shapes(state))), state)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from chats_for_tests import turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, uninterrupted, weights, write_rows
+from runs_for_tests import Whole, digest, done_to, kill_rounds, killed_and_resumed, overflow, uninterrupted, weights, write_rows
 from trying_for_tests import (
     ANSWER,
     Watched,
@@ -959,8 +959,7 @@ def test_the_model_whose_answers_score_best_is_saved(world: World, tmp_path: Pat
 
 def broken(folder: Path, kept: Path) -> str:
     model = Model.from_pretrained(kept)
-    with torch.no_grad():
-        model.params.fill_(math.nan)
+    overflow(model)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -1064,6 +1063,7 @@ def test_messages_reach_functions_as_messages(world: World, tmp_path: Path) -> N
     options = {"reward_model": None, "reward_funcs": [f"{HERE}:talk"], "data": [data], "max_length": 64, "max_steps": 1}
     result = run(world, tmp_path / "run", **options)
     assert result.score > 0
+    assert done_to(result.folder)[-1].command == "ppo" and done_to(result.folder)[-1].figures["kl"] == result.kl
     model = Model.from_pretrained(result.folder)
     assert model.tokenizer is not None and model.tokenizer.encode("<|im_end|>") != []
     stop = load_prompts(data, model.tokenizer, 96).turn

@@ -21,6 +21,7 @@ import yaml
 from forked import Forker, forker
 from tutelage import Model
 from tutelage.files import RunFolderError, newest_complete
+from tutelage.hub.model_card import read_lineage
 from tutelage.train.configs import PretrainConfig
 from tutelage.train.pretrain import SIZES, pretrain, with_defaults
 from tutelage.train.run import NonFiniteError
@@ -239,6 +240,8 @@ def test_it_learns_and_leaves_everything_behind(data: Path, tmp_path: Path, caps
     assert result.bits_per_byte["all"] == measured[-1] == pytest.approx(result.bits_per_byte[str(data)])
 
     model = Model.from_pretrained(result.folder)
+    (stage,) = read_lineage(result.folder).stages
+    assert stage.command == "pretrain" and stage.figures["bits_per_byte"] == result.bits_per_byte["all"]
     assert model.params.numel() == result.parameters
     assert model.tokenizer is not None and model.tokenizer.vocab_size == model.config.vocab_size
 

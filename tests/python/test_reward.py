@@ -18,7 +18,17 @@ import torch
 from chats_for_tests import turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, save_model, uninterrupted, weights, write_rows
+from runs_for_tests import (
+    Whole,
+    digest,
+    done_to,
+    kill_rounds,
+    killed_and_resumed,
+    save_model,
+    uninterrupted,
+    weights,
+    write_rows,
+)
 from tutelage import Model, PackedBatch, load_rankings, load_sft, pack, split_examples
 from tutelage.cli import main
 from tutelage.data.examples import Ranking
@@ -261,6 +271,7 @@ def test_the_best_responses_of_the_training_data_score_0_on_average(base: Path, 
     model = Model.from_pretrained(result.folder)
     assert model.tokenizer is not None and model.reward_bias == result.reward_bias
     batch = best(split_examples(load_rankings(rows, model.tokenizer, 96), 0.2, 0)[0].examples)
+    assert done_to(result.folder)[-1].figures["reward_bias"] == result.reward_bias
     assert abs(mean_reward(model, batch)) < 1e-6 < 1e-2 < abs(mean_reward(raw(result.folder), batch))
     assert mean_reward(raw(result.folder), batch) == result.reward_bias
 

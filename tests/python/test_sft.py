@@ -18,7 +18,17 @@ import torch
 from chats_for_tests import CHATML, turns
 from forked import Forker, forker
 from models_for_tests import bits, threads
-from runs_for_tests import Whole, digest, kill_rounds, killed_and_resumed, save_model, uninterrupted, weights, write_rows
+from runs_for_tests import (
+    Whole,
+    digest,
+    done_to,
+    kill_rounds,
+    killed_and_resumed,
+    save_model,
+    uninterrupted,
+    weights,
+    write_rows,
+)
 from tutelage import Model, Tokenizer, load_sft, pack, split_examples
 from tutelage.cli import main
 from tutelage.evaluate import held_out_loss
@@ -87,6 +97,9 @@ def test_it_learns_the_answers_and_stops_where_the_turn_ends(
     assert losses[0] > 4 and losses[-1] < 0.05
 
     model = Model.from_pretrained(result.folder)
+    (stage,) = done_to(result.folder)
+    assert stage.command == "sft" and stage.figures["loss"] == result.loss and stage.figures["data"] == ["rows.jsonl"]
+    assert not {"output_dir", "seconds", "model", "json"} & set(stage.figures)
     assert model.tokenizer is not None
     for question, answer in answers.items():
         prompt = model.tokenizer.chat_ids(turns(question), True)

@@ -33,6 +33,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+MSCALE = {**YARN, "mscale": 1.4, "mscale_all_dim": 0.7, "beta_fast": 20, "beta_slow": 2}
+MIXED = ["full_attention", "sliding_attention", "sliding_attention"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", ODD),
     "llama, tied, biases": (
@@ -41,12 +44,43 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama, linear": ("Llama", {**ODD, "rope_scaling": LINEAR, "rope_theta": 5e4}),
     "llama, llama3": ("Llama", {**ODD, "rope_scaling": LLAMA3, "rope_theta": 5e5}),
+    "llama, yarn": ("Llama", {**ODD, "rope_scaling": YARN, "rope_theta": 5e4}),
+    "llama, yarn, untruncated, mscale": ("Llama", {**ODD, "rope_scaling": {**MSCALE, "truncate": False}}),
     "mistral, window 9": ("Mistral", {**ODD, "sliding_window": 9}),
     "mistral, window 65": ("Mistral", {**ODD, "sliding_window": 65, "num_key_value_heads": 3}),
     "qwen2": ("Qwen2", {**ODD, "head_dim": 32, "tie_word_embeddings": True}),
     "qwen2, window": (
         "Qwen2",
         {**ODD, "head_dim": 32, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0},
+    ),
+    "qwen2, window in some blocks": (
+        "Qwen2",
+        {**ODD, "head_dim": 32, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3, yarn, attention factor": ("Qwen3", {**ODD, "rope_scaling": {**YARN, "attention_factor": 1.3}}),
+    "qwen3, window in some blocks": (
+        "Qwen3",
+        {**ODD, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 9, "layer_types": MIXED[::-1]},
+    ),
+    "smollm3": ("SmolLM3", {**ODD, "num_hidden_layers": 4, "pad_token_id": None}),
+    "smollm3, window in blocks without RoPE": (
+        "SmolLM3",
+        {**ODD, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 9, "pad_token_id": None},
+    ),
+    "smollm3, window, biases, untied": (  # RoPE everywhere: without it a key's bias has no gradient
+        "SmolLM3",
+        {
+            **ODD,
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 1, 1],
+            "layer_types": MIXED,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
     ),
     "qwen3": ("Qwen3", ODD),
     "qwen3, tied, biases": ("Qwen3", {**ODD, "tie_word_embeddings": True, "attention_bias": True}),

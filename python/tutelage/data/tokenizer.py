@@ -319,8 +319,11 @@ class Tokenizer:
         """Write the tokenizer's files into `folder`; `transformers.AutoTokenizer` can read them."""
         folder = Path(folder)
         files.make_folder(folder)
-        for name, data in self.contents.items():
-            files.write_file_atomic(folder / name, data)
+        for name in _TOKENIZER_FILES:
+            if name in self.contents:
+                files.write_file_atomic(folder / name, self.contents[name])
+            else:
+                files.remove(folder / name)  # of another tokenizer
 
 
 # Private characters (Unicode's plane 16, from behind) that stand for special tokens.

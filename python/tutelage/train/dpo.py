@@ -182,7 +182,7 @@ def _learn(
             run.end_step(model, optimizer, {**state, **best.state, "reference": reference.key})
 
         selected, found_best = best.restore(model, last, measured)
-        model.save_pretrained(run.folder / "model")
+        run.save_model(model, command, steps=selected, examples=len(data), tokens=tokens, loss=loss, **found_best)
         result = PreferenceResult(
             folder=run.folder / "model",
             steps=last,

@@ -137,7 +137,7 @@ def _learn(
         run.end_step(model, optimizer, {**state, "measured": measured, **keys, **best.state})
 
     selected, measured = best.restore(model, last, measured)
-    model.save_pretrained(run.folder / "model")
+    run.save_model(model, "grpo", steps=selected, episodes=episodes, tokens=tokens, score=score, **measured)
     result = TryingResult(
         folder=run.folder / "model",
         steps=last,

@@ -171,7 +171,7 @@ def _learn(
         run.end_step(model, learner.optimizer, {**state, **keys, **ema, **best.state})
 
     selected, measured = best.restore(chosen, last, measured)
-    chosen.save_pretrained(run.folder / "model")
+    run.save_model(chosen, "ppo", steps=selected, episodes=episodes, tokens=tokens, score=score, kl=kl, **measured)
     result = PpoResult(
         folder=run.folder / "model",
         steps=last,

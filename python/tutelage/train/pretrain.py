@@ -127,7 +127,7 @@ def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str]
             state = {"cursor": dataclasses.asdict(cursor), "tokens": tokens, "bits": bits}
             run.end_step(model, optimizer, state)
 
-        model.save_pretrained(run.folder / "model")
+        run.save_model(model, "pretrain", steps=config.max_steps, tokens=tokens, bits_per_byte=bits.get("all"))
         result = PretrainResult(
             folder=run.folder / "model",
             steps=config.max_steps,

@@ -119,7 +119,8 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         selected, measured = best.restore(model, last, measured)
         scores = sequence_rewards(model, pack(demonstrations), config.micro_batch_tokens).tolist()
         model.reward_bias = math.fsum(scores) / len(scores)
-        model.save_pretrained(run.folder / "model")
+        figures = {**measured, "reward_bias": model.reward_bias}
+        run.save_model(model, "reward", steps=selected, examples=len(data), tokens=tokens, loss=loss, **figures)
         result = RewardResult(
             folder=run.folder / "model",
             steps=last,

@@ -7,6 +7,7 @@ same bits as one that was not.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ from tutelage import files
 from tutelage.batch import PackedBatch
 from tutelage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tutelage.files import DISK, Disk
+from tutelage.hub.hugging_face import Stage
 from tutelage.model import Model
 from tutelage.optimizer import AdamW, NonFiniteGradientError
 from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
@@ -397,6 +399,16 @@ class Run:
         if stop is not None:
             raise self.interruption(stop)
 
+    def save_model(self, model: Model, command: str, /, **came_to: float | None) -> None:
+        """Writes the finished model into the run's folder, with a card that says what was done to it.
+
+        came_to: figures of the model as it is saved; one that is None or no number is left out.
+        """
+        # By name: a resumed run has them in the order of its checkpoint.
+        figures = {name: value for name, value in sorted(came_to.items()) if value is not None and math.isfinite(value)}
+        stage = Stage(command, {**_chosen(self._config), **figures})
+        model.save_pretrained(self.folder / "model", stage=stage)
+
     def interruption(self, number: int) -> Interrupted:
         """What to raise when the signal `number` stops the run now."""
         newest = files.newest_complete(self.folder)
@@ -481,6 +493,24 @@ def _signals(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _chosen(config: RunConfig) -> dict[str, Any]:
+    """What was set on the command line and matters to the weights; of a path only its name, which is nobody's secret."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [shown(entry) for entry in value]
+        if not isinstance(value, str) or os.sep not in value:
+            return value
+        path = Path(value)
+        return path.parent.name if path.name == "model" else path.name  # of a run
+
+    return {
+        field.name: shown(value)
+        for field in dataclasses.fields(config)
+        if field.name not in FREE_FIELDS | {"model"} and (value := getattr(config, field.name)) not in (field.default, None)
+    }
 
 
 def _kept_at_once(model: Model, batch: PackedBatch, groups: Sequence[int] | None) -> int:

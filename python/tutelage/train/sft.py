@@ -135,7 +135,7 @@ def sft(
             run.end_step(model, optimizer, {**state, **best.state})
 
         selected, measured = best.restore(model, last, measured)
-        model.save_pretrained(run.folder / "model")
+        run.save_model(model, "sft", steps=selected, examples=len(data), tokens=tokens, loss=loss, **measured)
         result = SftResult(
             folder=run.folder / "model",
             steps=last,
