@@ -67,6 +67,20 @@ def tiny_model(kind: str = "llama", **options: Any) -> Model:
     return model
 
 
+def lora_model(
+    kind: str = "llama",
+    head: Any = None,
+    targets: tuple[str, ...] = (),
+    rank: int = 3,
+    base: Model | None = None,
+    **options: Any,
+) -> Model:
+    """An adapter that has learned something, on a tiny model."""
+    model = (base or tiny_model(kind, **options)).with_lora(rank, 2.0 * rank, targets, head, seed=1)
+    model.params += 0.1 * torch.randn(model.params.numel(), generator=torch.Generator().manual_seed(2))
+    return model
+
+
 def same_model(model: Model, **options: Any) -> Model:
     """Another model with the same weights."""
     other = Model(model.config, head=model.head, **options)
