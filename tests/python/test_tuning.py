@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     shown = [{"messages": turns(f"{'say ' * (i % 4)}{i}", f"it is {i * 7 % 10}")} for i in range(20)]
     pairs = [
         {"prompt": f"{'say ' * (i % 4)}{i}", "chosen": f" it is {i % 10}", "rejected": f" so{' so' * (i % 3)}"}
-        for i in range(20)
+        for i in range(16)
     ]
     compared = write_rows(folder / "pairs.jsonl", pairs)
     prompts = save_prompts(folder)
@@ -168,9 +168,9 @@ def test_a_reward_models_adapter_judges_a_policy_that_learns_whole(world: World,
 
 
 def test_the_best_adapter_is_saved(world: World, tmp_path: Path) -> None:
-    result = run("sft", world, tmp_path, select_by="eval_loss", learning_rate=3.0, eval_steps=1)
+    result = run("sft", world, tmp_path, select_by="eval_loss", learning_rate=30.0, eval_steps=1, max_steps=8)
     measured = [line["eval_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line]
-    assert result.eval_loss == min(measured) and result.selected_step == measured.index(min(measured)) + 1 < STEPS
+    assert result.eval_loss == min(measured) and result.selected_step == measured.index(min(measured)) + 1 < 8
 
 
 # ---- one adapter after the other
@@ -235,8 +235,9 @@ def test_any_cut_and_any_number_of_threads_end_in_the_same_state(loop: str, worl
 
 
 @pytest.fixture(scope="module")
-def children() -> Iterator[Forker]:
-    yield from forker()
+def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    with forker(tmp_path_factory.mktemp("children"), "children", "torch._dynamo") as parent:
+        yield parent
 
 
 def killed(children: Forker, loop: str, world: World, folder: Path, kill: dict[str, int], **others: Any) -> str:
@@ -265,7 +266,7 @@ def test_a_resume_with_another_adapter_or_base_is_refused(world: World, tmp_path
     run("sft", world, tmp_path / "run", max_steps=2)
     for name, value in {"lora_rank": 4, "lora_alpha": 7.0, "lora_target_modules": ["q_proj"]}.items():
         with pytest.raises(ValueError, match=f"cannot resume .*: {name} is "):
-            run("sft", world, tmp_path / "run", resume="auto", **{name: value})
+            run("sft", world, tmp_path / "run", resume="auto", **{"max_steps": 2, name: value})
     other = save_policy(tmp_path / "other", seed=9)
     config = json.loads((newest(tmp_path / "run") / "state.json").read_text())["state"]["config"]
     assert config["model"] == str(world.base)
@@ -274,11 +275,11 @@ def test_a_resume_with_another_adapter_or_base_is_refused(world: World, tmp_path
         for path in other.iterdir():
             (world.base / path.name).write_bytes(path.read_bytes())
         with pytest.raises(ValueError, match="the model to start from is not what that run started from"):
-            run("sft", world, tmp_path / "run", resume="auto")
+            run("sft", world, tmp_path / "run", max_steps=2, resume="auto")
     finally:
         for path, old in content_before.items():
             path.write_bytes(old)
-    run("sft", world, tmp_path / "run", resume="auto", lora_merge=True)
+    run("sft", world, tmp_path / "run", max_steps=2, resume="auto", lora_merge=True)
     assert digest(tmp_path / "run", 2)
 
 
