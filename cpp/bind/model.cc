@@ -105,8 +105,8 @@ class BoundTransformer {
     return model_.score(batch.batch, w.weights, options, l.data<void>(), h.data<void>());
   }
 
-  std::unique_ptr<Graph> values(const py::tuple& weights, py::handle tokens, py::handle cu_seqlens, py::handle values, bool keep,
-                                bool recompute, int threads) {
+  std::unique_ptr<Graph> values(const py::tuple& weights, py::handle tokens, py::handle cu_seqlens, py::handle values,
+                                bool keep, bool recompute, int threads) {
     if (model_.config().head != Head::scalar)
       throw ArgumentError("this model has a language-model head; call score(batch), or load it with head='scalar' for values");
     const WeightArguments w(*this, weights);
@@ -264,8 +264,8 @@ void bind_model(py::module_& m) {
            "temperature"_a, "keep"_a, "recompute"_a, "logits_budget"_a, "threads"_a)
       .def("values", &BoundTransformer::values, "weights"_a, "tokens"_a, "cu_seqlens"_a, "values"_a, "keep"_a, "recompute"_a,
            "threads"_a)
-      .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "weights"_a, "grads"_a, "d_logprobs"_a, "d_entropy"_a,
-           "threads"_a)
+      .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "weights"_a, "grads"_a, "d_logprobs"_a,
+           "d_entropy"_a, "threads"_a)
       .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "weights"_a, "grads"_a, "d_values"_a, "threads"_a)
       .def("forget_gradients", &BoundTransformer::forget_gradients)
       .def("finish_gradients", &BoundTransformer::finish_gradients, "grads"_a, "threads"_a)

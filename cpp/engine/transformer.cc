@@ -140,8 +140,8 @@ void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bia
   }
 }
 
-// y = x W^T + bias, with whatever else `fused` asks for (c, residual, activation ...); c has no gaps between its rows. An adapter
-// writes its share first, and the product goes on from there.
+// y = x W^T + bias, with whatever else `fused` asks for (c, residual, activation ...); c has no gaps between its rows. An
+// adapter writes its share first, and the product goes on from there.
 void Transformer::linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in,
                          std::int64_t out, const void* x, std::int64_t x_row, Matmul fused, int threads) const {
   const std::int64_t e = table_.activation_size;

@@ -4,7 +4,8 @@
 //   lm      log-prob and entropy of every token but each sequence's first, from the hidden state before it
 //   scalar  a value after every token
 //
-// With adapters (engine/adapters.h) these are what learns: the parameters stay, and only the hidden states' gradients pass them.
+// With adapters (engine/adapters.h) these are what learns: the parameters stay, and only the hidden states' gradients pass
+// them.
 //
 // Parameters and gradients are the caller's flat buffers. A Graph is what one forward keeps for its backward; several may be
 // alive.
@@ -132,8 +133,8 @@ class Transformer {
                      void (*poll)(), Draws& draws);
 
   // Adds d loss / d (what learns) to grads. Once a graph; the weights must be those of the forward.
-  void backward_score(Graph& graph, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy, int threads,
-                      void (*poll)());
+  void backward_score(Graph& graph, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
+                      int threads, void (*poll)());
   void backward_values(Graph& graph, const Weights& weights, void* grads, const void* d_values, int threads, void (*poll)());
 
   // Gradients count as zero from here on; the buffer itself is written when the first gradient arrives, or by finish_gradients.

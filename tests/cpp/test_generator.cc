@@ -89,8 +89,9 @@ TEST(adapters_keep_that) {
     Small s({.rank = 3, .scale = 0.5, .target_modules = targets});
     const Outputs<double> expected = generate(s, {.kv_cache_bytes = 100 * block(s), .share_prefixes = false}, requests());
     for (std::int64_t chunk : {1, 37})
-      CHECK(same_bits(generate(s, {.kv_cache_bytes = 5 * block(s), .prefill_chunk = chunk, .threads = 2}, requests()), expected),
-            chunk);
+      CHECK(
+          same_bits(generate(s, {.kv_cache_bytes = 5 * block(s), .prefill_chunk = chunk, .threads = 2}, requests()), expected),
+          chunk);
     Small bare;
     CHECK(!same_bits(generate(bare, {.kv_cache_bytes = 100 * block(s)}, requests()), expected), "control: they do something");
   }
