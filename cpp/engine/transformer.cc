@@ -14,7 +14,7 @@ namespace tutelage {
 
 // The gradients that flow down while a backward runs.
 struct Transformer::Stack {
-  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk, *d_t;
+  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk;
 };
 
 namespace {
@@ -102,9 +102,8 @@ void Transformer::lay_out(Graph& g, Plan& plan) const {
     const bool fits = rows <= g.options_.logits_budget / plan.element / config_.vocab_size;
     g.z_ = keep && fits ? plan.take(rows * config_.vocab_size) : nullptr;
   }
-  g.scratch_norm_ = plan.take(n * d);
-  g.scratch_mlp_ = plan.take(n * config_.intermediate_size);
-  g.scratch_t_ = adapters_ ? plan.take(n * adapters_->widest()) : nullptr;
+  g.scratch_norm_ = plan.take(n * wide(d));
+  g.scratch_mlp_ = plan.take(n * wide(config_.intermediate_size));
 }
 
 std::int64_t Transformer::activation_bytes(std::int64_t tokens, std::int64_t sequences, const Options& options) const {
@@ -140,6 +139,9 @@ void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bia
   }
 }
 
+// Where an adapter's t lies: in the scratch that does not hold x. (The MLP's may be written by the product that follows.)
+void* Transformer::t_beside(const Graph& g, const void* x) { return x == g.scratch_mlp_ ? g.scratch_norm_ : g.scratch_mlp_; }
+
 // y = x W^T + bias, with whatever else `fused` asks for (c, residual, activation ...); c has no gaps between its rows. An
 // adapter writes its share first, and the product goes on from there.
 void Transformer::linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in,
@@ -152,8 +154,9 @@ void Transformer::linear(const Graph& g, const void* params, std::int64_t weight
   if (g.packed_ != nullptr) fused.packed = g.packed_->at(weight), fused.packed_half = g.packed_->half();
   fused.bias = bias == kAbsent ? nullptr : at(params, bias, e);
   if (const Adapters::Group* adapter = group(weight)) {
-    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, g.scratch_t_, threads);
-    adapters_->begin_output(table_, *adapter, g.adapter_, g.tokens_, g.scratch_t_, fused.c, threads);
+    void* t = t_beside(g, x);
+    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, t, threads);
+    adapters_->begin_output(table_, *adapter, g.adapter_, g.tokens_, t, fused.c, threads);
     fused.accumulate = true;
   }
   table_.matmul(fused, threads);
@@ -473,10 +476,10 @@ Transformer::Stack Transformer::lay_out_stack(const Graph& g, Plan& plan) const 
   const Config& c = config_;
   const std::int64_t n = g.tokens_;
   Stack s;
-  s.dx = plan.take(n * c.hidden_size), s.d_norm = plan.take(n * c.hidden_size);
-  s.d_pre = plan.take(n * c.pre_width()), s.d_o = plan.take(n * c.query_width()), s.d_qkv = plan.take(n * c.qkv_width());
+  s.dx = plan.take(n * c.hidden_size), s.d_norm = plan.take(n * wide(c.hidden_size));
+  s.d_pre = plan.take(n * c.pre_width()), s.d_o = plan.take(n * wide(c.query_width()));
+  s.d_qkv = plan.take(n * c.qkv_width());
   s.d_qk = c.qk_norm ? plan.take(n * (c.query_width() + c.key_width())) : nullptr;
-  s.d_t = adapters_ ? plan.take(n * adapters_->widest()) : nullptr;
   s.normed = g.scratch_norm_, s.activated = g.scratch_mlp_;
   return s;
 }
@@ -504,16 +507,17 @@ void Transformer::norm_backward(const void* params, void* grads, std::int64_t we
 }
 
 // dW += dy^T x and dbias += column sums of dy. The engine's one matrix may be several named parameters: all their stretches are
-// settled together, because one product writes them all. Of a frozen matrix: the gradients of its adapter, whose d_t is known.
+// settled together, because one product writes them all. Of a frozen matrix: the gradients of its adapter.
 void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
-                                  std::int64_t out, const void* x, const void* dy, const Stack& s, int threads) {
+                                  std::int64_t out, const void* x, const void* dy, const void* d_t, int threads) {
   const std::int64_t e = table_.activation_size;
   if (adapters_) {
     const Adapters::Group* adapter = adapters_->of(weight);
     if (adapter == nullptr) return;
-    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, g.scratch_t_, threads);
+    void* t = t_beside(g, x);
+    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, t, threads);
     auto fresh_at = [&](std::int64_t offset) { return settle(grads, offset, true); };
-    adapters_->gradients(table_, *adapter, grads, g.tokens_, x, g.scratch_t_, dy, s.d_t, fresh_at, threads);
+    adapters_->gradients(table_, *adapter, grads, g.tokens_, x, t, dy, d_t, fresh_at, threads);
     return;
   }
   bool fresh = false;
@@ -538,11 +542,12 @@ void Transformer::linear_backward(const Graph& g, const void* params, void* grad
                                   std::int64_t in, std::int64_t out, const void* x, const void* dy, void* dx, const Stack& s,
                                   int threads) {
   const Adapters::Group* adapter = group(weight);
-  if (adapter != nullptr) adapters_->project_back(table_, *adapter, g.adapter_, g.tokens_, dy, s.d_t, threads);
-  weight_gradient(g, grads, weight, bias, in, out, x, dy, s, threads);
+  void* d_t = dx == s.d_norm ? s.d_o : s.d_norm;  // whichever is free
+  if (adapter != nullptr) adapters_->project_back(table_, *adapter, g.adapter_, g.tokens_, dy, d_t, threads);
+  weight_gradient(g, grads, weight, bias, in, out, x, dy, d_t, threads);
   if (dx == nullptr) return;
   Matmul back;  // dx = dy W, or goes on from what came through the adapter
-  if (adapter != nullptr) adapters_->begin_input(table_, *adapter, g.adapter_, g.tokens_, s.d_t, dx, threads);
+  if (adapter != nullptr) adapters_->begin_input(table_, *adapter, g.adapter_, g.tokens_, d_t, dx, threads);
   back.accumulate = adapter != nullptr;
   back.m = g.tokens_, back.n = in, back.k = out;
   back.a = dy, back.a_row = out, back.a_col = 1;
@@ -572,12 +577,12 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   through_down.activated = s.activated, through_down.activated_row = f;
   through_down.pre = a.pre, through_down.pre_row = c.pre_width();
   if (const Adapters::Group* adapter = group(w.down)) {
-    adapters_->project_back(table_, *adapter, g.adapter_, n, s.dx, s.d_t, threads);
-    adapters_->begin_input(table_, *adapter, g.adapter_, n, s.d_t, s.activated, threads);
+    adapters_->project_back(table_, *adapter, g.adapter_, n, s.dx, s.d_norm, threads);
+    adapters_->begin_input(table_, *adapter, g.adapter_, n, s.d_norm, s.activated, threads);
     through_down.residual = s.activated, through_down.residual_row = f;
   }
   table_.matmul(through_down, threads);
-  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, s, threads);
+  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, s.d_norm, threads);
   if (learns(w.up)) norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, n, s.normed, a.mean2, a.rstd2, threads);
   linear_backward(g, params, grads, w.up, w.up_bias, d, c.pre_width(), s.normed, s.d_pre, below_up ? s.d_norm : nullptr, s,
                   threads);

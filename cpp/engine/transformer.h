@@ -20,6 +20,7 @@
 // Test: tests/python/test_model.py, test_promises.py, test_lora.py, test_memory.py.   Benchmark: bench/train.py.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -102,7 +103,7 @@ class Graph {
   const GenerationRows* rows_due_ = nullptr;  // ... and the cache that the attention reads
   std::vector<BlockActivations> blocks_;
   void *x_out_ = nullptr, *mean_ = nullptr, *rstd_ = nullptr, *hidden_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
-  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr, *scratch_t_ = nullptr;
+  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr;
   bool used_ = false;
 };
 
@@ -171,12 +172,14 @@ class Transformer {
               const void* x, std::int64_t x_row, Matmul fused, int threads) const;
   AttentionShape attention_shape(const Graph& g) const;
   const void* head(const Graph& g, const void* params) const;
+  static void* t_beside(const Graph& g, const void* x);
   const Adapters::Group* group(std::int64_t weight) const { return adapters_ ? adapters_->of(weight) : nullptr; }
+  std::int64_t wide(std::int64_t width) const { return adapters_ ? std::max(width, adapters_->widest()) : width; }
   bool learns(std::int64_t weight) const { return !adapters_ || adapters_->of(weight) != nullptr; }
   void linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
                        std::int64_t out, const void* x, const void* dy, void* dx, const Stack& s, int threads);
   void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
-                       const void* x, const void* dy, const Stack& s, int threads);
+                       const void* x, const void* dy, const void* d_t, int threads);
   bool settle(void* grads, std::int64_t offset, bool overwritten);
   void require_whole_gradients() const;
 

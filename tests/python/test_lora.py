@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from models_for_tests import (
@@ -214,6 +217,25 @@ def test_nothing_is_kept_of_a_backward() -> None:
     assert _core.memory_use()["in_use"] <= before
 
 
+@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("rank", [3, 200])
+def test_activations_take_the_memory_that_they_take_without(kind: str, rank: int) -> None:
+    """t lies in scratch that is there anyway, unless a rank is wider than the MLP; the gradients are right there too."""
+    policy = lora_model(kind, rank=rank)
+    assert policy.base is not None
+    ours, theirs = (model.activation_bytes(100, 3) for model in (policy, policy.base))
+    assert ours == theirs if rank == 3 else theirs < ours < theirs + 100 * 4 * 3 * 2 * rank
+    batch = batch_for(policy, [40, 3, 17])
+    expected = gradient_bits(policy, batch)
+    policy.zero_grad()
+    for part in batch.split(43):
+        out = policy.score(part)
+        first = 0 if part.tokens.numel() == 43 else 43
+        where = slice(first, first + part.tokens.numel())
+        torch.autograd.backward([out.logprobs, out.entropy], [randn(batch.tokens.float(), seed)[where] for seed in (0, 1)])
+    assert bits(policy.grads) == expected
+
+
 def test_recomputed_blocks_and_logits_give_the_same_gradients() -> None:
     for options in ({"recompute": True}, {"logits_budget": 0}, {"level": "scalar"}):
         policy, other = lora_model("qwen3"), lora_model("qwen3", **options)
@@ -318,7 +340,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task_type": "SEQ_2_SEQ_LM"}, "task_type must be one of CAUSAL_LM, SEQ_CLS, but it is"),
     "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported (only a reward model's score)"),
     "base": ({"base_model_name_or_path": "org/name"}, "base_model_name_or_path is 'org/name', which is no folder here"),
-    "shape": ({"r": 3}, "lora_A.weight must have shape [3, 48], but it has [2, 48]"),
+    "shape": (
+        {"r": 3},
+        "q_proj.lora_A.weight has shape [2, 48]), but it is 3",
+    ),
     "missing": ({"target_modules": ["q_proj", "k_proj"]}, "lacks the tensors model.layers.0.self_attn.k_proj.lora_A.weight"),
     "unexpected": (
         {"target_modules": ["q_proj"]},
@@ -339,6 +364,20 @@ def test_a_folder_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         Model.from_pretrained(tmp_path / "adapter")
     assert "adapter" in str(error.value)
+
+
+@given(st.sampled_from([*REFUSED]), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+@settings(max_examples=60, deadline=None)
+def test_any_value_of_any_field_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, case: str, value: Any) -> None:
+    folder = tmp_path_factory.mktemp("fuzzed")
+    policy = lora_model("llama", targets=("q_proj",), rank=2)
+    policy.save_adapter(folder)
+    path = folder / "adapter_config.json"
+    changed = dict.fromkeys(REFUSED[case][0], value)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    assert policy.base is not None
+    with contextlib.suppress(ValueError):
+        Model.load_adapter(policy.base, folder)
 
 
 def test_other_damage_is_named(tmp_path: Path) -> None:
