@@ -155,8 +155,8 @@ void Transformer::linear(const Graph& g, const void* params, std::int64_t weight
   fused.bias = bias == kAbsent ? nullptr : at(params, bias, e);
   if (const Adapters::Group* adapter = group(weight)) {
     void* t = t_beside(g, x);
-    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, t, threads);
-    adapters_->begin_output(table_, *adapter, g.adapter_, g.tokens_, t, fused.c, threads);
+    adapters_->project(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, x, t, threads);
+    adapters_->begin_output(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, t, fused.c, threads);
     fused.accumulate = true;
   }
   table_.matmul(fused, threads);
@@ -376,6 +376,7 @@ const void* Transformer::head(const Graph& g, const void* params) const {
 std::shared_ptr<const PackedWeights> Transformer::pack(const void* params, bool half, int threads, void (*poll)()) const {
   const Config& c = config_;
   const std::int64_t d = c.hidden_size;
+  if (adapters_) return std::make_shared<const PackedWeights>(table_, adapters_->matrices(), params, half, threads, poll);
   std::vector<PackedWeights::Matrix> matrices;
   for (const LayerOffsets& w : layout_.layers) {
     matrices.push_back({w.qkv, c.qkv_width(), d, layout_.transposed, false});
@@ -387,7 +388,7 @@ std::shared_ptr<const PackedWeights> Transformer::pack(const void* params, bool 
   return std::make_shared<const PackedWeights>(table_, matrices, params, half, threads, poll);
 }
 
-void Transformer::generate_step(const GenerationRows& rows, const Weights& weights, const PackedWeights& packed, int threads,
+void Transformer::generate_step(const GenerationRows& rows, const Weights& weights, const Packed& packed, int threads,
                                 void (*poll)(), Draws& draws) {
   const void* params = weights.params;
   Graph g;
@@ -395,7 +396,8 @@ void Transformer::generate_step(const GenerationRows& rows, const Weights& weigh
   g.tokens_ = static_cast<std::int64_t>(rows.ids.size());
   g.sequences_ = static_cast<std::int64_t>(rows.blocks.size());
   g.rows_ = static_cast<std::int64_t>(rows.sources.size());
-  g.ids_ = rows.ids, g.positions_ = rows.positions, g.packed_ = &packed, g.rows_due_ = &rows;
+  g.ids_ = rows.ids, g.positions_ = rows.positions, g.rows_due_ = &rows;
+  g.packed_ = packed.params.get(), g.packed_adapter_ = packed.adapter.get();
   Options options;
   options.threads = threads, options.keep = false, options.poll = poll;
   g.options_ = options;
@@ -420,7 +422,7 @@ void Transformer::generate_step(const GenerationRows& rows, const Weights& weigh
   Sample s = lay_out_draws(plan);
   s.rows = g.rows_, s.hidden = config_.hidden_size, s.vocab = config_.vocab_size, s.x = g.hidden_;
   s.weight = at(params, layout_.head, table_.activation_size);
-  s.packed = packed.at(layout_.head), s.packed_half = packed.half();
+  s.packed = packed.params->at(layout_.head), s.packed_half = packed.params->half();
   s.settings = rows.settings.data(), s.tokens = draws.tokens.data();
   table_.sample(s, threads);
   for (std::size_t i = 0; i < draws.tokens.size(); ++i) {
@@ -458,6 +460,13 @@ bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
   return true;
 }
 
+// The gradient of a norm, for a kernel that adds to it; null beside adapters, where it does not learn.
+void* Transformer::own_gradient(void* grads, std::int64_t offset) {
+  if (adapters_) return nullptr;
+  settle(grads, offset, false);
+  return at(grads, offset, table_.activation_size);
+}
+
 void Transformer::finish_gradients(void* grads, int threads) {
   require_whole_gradients();
   for (const Parameter& parameter : trainable()) settle(grads, parameter.offset, false);
@@ -488,20 +497,17 @@ void Transformer::norm_backward(const void* params, void* grads, std::int64_t we
                                 const std::int32_t* gather, std::int64_t rows, const void* mean, const void* rstd,
                                 const void* dy, void* dx, bool accumulate, int threads) {
   const std::int64_t d = config_.hidden_size, e = table_.activation_size;
-  const bool frozen = adapters_.has_value();
-  if (!frozen) settle(grads, weight, false);
   if (config_.norm == Norm::rmsnorm) {
     RmsNormBackward n;
     n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e), n.rstd = rstd;
     n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
-    n.dweight = frozen ? nullptr : at(grads, weight, e);
+    n.dweight = own_gradient(grads, weight);
     table_.rms_norm_backward(n, threads);
   } else {
-    if (!frozen) settle(grads, bias, false);
     LayerNormBackward n;
     n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e);
     n.mean = mean, n.rstd = rstd, n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
-    n.dweight = frozen ? nullptr : at(grads, weight, e), n.dbias = frozen ? nullptr : at(grads, bias, e);
+    n.dweight = own_gradient(grads, weight), n.dbias = own_gradient(grads, bias);
     table_.layer_norm_backward(n, threads);
   }
 }
@@ -515,7 +521,7 @@ void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weig
     const Adapters::Group* adapter = adapters_->of(weight);
     if (adapter == nullptr) return;
     void* t = t_beside(g, x);
-    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, t, threads);
+    adapters_->project(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, x, t, threads);
     auto fresh_at = [&](std::int64_t offset) { return settle(grads, offset, true); };
     adapters_->gradients(table_, *adapter, grads, g.tokens_, x, t, dy, d_t, fresh_at, threads);
     return;
@@ -612,16 +618,13 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   if (c.qk_norm) {
     RmsNormBackward b;
     b.tokens = n, b.d = c.head_dim, b.x_row = qkv, b.dy_row = qk_row, b.dx_row = qkv;
-    const bool frozen = adapters_.has_value();
-    if (!frozen) settle(grads, w.q_norm, false);
     b.groups = c.num_attention_heads, b.x = a.qkv, b.weight = at(params, w.q_norm, e), b.rstd = a.qk_rstd;
-    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = frozen ? nullptr : at(grads, w.q_norm, e);
+    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = own_gradient(grads, w.q_norm);
     table_.rms_norm_backward(b, threads);
-    if (!frozen) settle(grads, w.k_norm, false);
     b.groups = c.num_key_value_heads, b.x = at(static_cast<const void*>(a.qkv), q, e), b.weight = at(params, w.k_norm, e);
     b.rstd = at(static_cast<const void*>(a.qk_rstd), n * c.num_attention_heads, e);
     b.dy = at(static_cast<const void*>(s.d_qk), q, e), b.dx = at(s.d_qkv, q, e);
-    b.dweight = frozen ? nullptr : at(grads, w.k_norm, e);
+    b.dweight = own_gradient(grads, w.k_norm);
     table_.rms_norm_backward(b, threads);
   }
   if (learns(w.qkv)) norm(params, w.norm1, w.norm1_bias, a.x, nullptr, n, s.normed, a.mean1, a.rstd1, threads);

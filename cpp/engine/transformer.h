@@ -50,6 +50,11 @@ struct Weights {
   const void *params = nullptr, *adapter = nullptr;
 };
 
+// The same in streaming order.
+struct Packed {
+  std::shared_ptr<const PackedWeights> params, adapter;
+};
+
 struct Options {
   int threads = 1;
   bool keep = true;                                      // for a backward
@@ -99,8 +104,8 @@ class Graph {
   Buffer memory_;
   std::shared_ptr<const RotaryCache> rotary_;
   const void* adapter_ = nullptr;
-  const PackedWeights* packed_ = nullptr;     // generation only: weights in streaming order ...
-  const GenerationRows* rows_due_ = nullptr;  // ... and the cache that the attention reads
+  const PackedWeights *packed_ = nullptr, *packed_adapter_ = nullptr;  // generation only: weights in streaming order ...
+  const GenerationRows* rows_due_ = nullptr;                           // ... and the cache that the attention reads
   std::vector<BlockActivations> blocks_;
   void *x_out_ = nullptr, *mean_ = nullptr, *rstd_ = nullptr, *hidden_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
   void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr;
@@ -127,11 +132,12 @@ class Transformer {
   // scalar head. values [tokens].
   std::unique_ptr<Graph> values(const Batch& batch, const Weights& weights, const Options& options, void* values);
 
-  // Every matrix in streaming order, for generate_step. With half: as bfloat16, exact where params were rounded to it.
+  // Every matrix of what learns in streaming order, for generate_step. With half: as bfloat16, exact where params were rounded
+  // to it.
   std::shared_ptr<const PackedWeights> pack(const void* params, bool half, int threads, void (*poll)()) const;
   // lm head. Runs the rows through all blocks, appends their keys and values to the cache and draws.
-  void generate_step(const GenerationRows& rows, const Weights& weights, const PackedWeights& packed, int threads,
-                     void (*poll)(), Draws& draws);
+  void generate_step(const GenerationRows& rows, const Weights& weights, const Packed& packed, int threads, void (*poll)(),
+                     Draws& draws);
 
   // Adds d loss / d (what learns) to grads. Once a graph; the weights must be those of the forward.
   void backward_score(Graph& graph, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
@@ -181,6 +187,7 @@ class Transformer {
   void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
                        const void* x, const void* dy, const void* d_t, int threads);
   bool settle(void* grads, std::int64_t offset, bool overwritten);
+  void* own_gradient(void* grads, std::int64_t offset);
   void require_whole_gradients() const;
 
   const Config config_;

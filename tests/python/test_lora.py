@@ -57,7 +57,7 @@ def test_an_adapter_shares_its_base_and_owns_what_learns() -> None:
     policy, critic = base.with_lora(rank=2, seed=1), base.with_lora(rank=3, head="scalar", seed=2)
     assert policy.base is base and critic.base is base
     assert policy._weights()[0] is critic._weights()[0] is base.params
-    assert policy._packed_weights() is base._packed_weights()
+    assert policy._streams()[0] is base._packed_weights()
     names = {name: list(view.shape) for name, view in policy.named_parameters()}
     assert names["model.layers.1.self_attn.k_proj.lora_A.weight"] == [2, 48]
     assert names["model.layers.1.self_attn.k_proj.lora_B.weight"] == [16, 2]
@@ -124,6 +124,19 @@ def test_what_cannot_be_is_refused() -> None:
         out.logprobs.sum().backward()
 
 
+def test_the_core_wants_the_adapter_where_there_is_one() -> None:
+    base = tiny_model("llama")
+    policy = base.with_lora(rank=2)
+    batch = batch_for(base, LENGTHS)
+    outputs = torch.empty(batch.tokens.numel()), torch.empty(batch.tokens.numel())
+    options = 1.0, False, False, 0, 1
+    for model, weights in ((base, (base.params, base.params)), (policy, (base.params, None))):
+        with pytest.raises(ValueError, match="weights: a model with adapters, and no other, has two"):
+            model._engine.score(weights, batch.tokens, batch.cu_seqlens, *outputs, *options)
+    with pytest.raises(ValueError, match="argument 'adapter' must have shape"):
+        policy._engine.score((base.params, base.params), batch.tokens, batch.cu_seqlens, *outputs, *options)
+
+
 def test_a_clone_shares_the_base_and_a_double_does_not() -> None:
     policy = lora_model("llama")
     other, double = policy.clone(), policy.double()
@@ -164,10 +177,10 @@ def test_generation_sees_every_change_of_the_adapter() -> None:
     policy = lora_model("llama")
     prompts = sequences([4, 6], 275)
     before = policy.generate(prompts, max_new_tokens=8)
-    packed = policy._packed_weights()
+    packed = policy._streams()[0]
     policy.params.mul_(3)
     assert bits(*policy.generate(prompts, max_new_tokens=8).logprobs) != bits(*before.logprobs)
-    assert policy._packed_weights() is packed, "the base did not change"
+    assert policy._streams()[0] is packed, "the base did not change"
 
 
 # ---- gradients
@@ -381,10 +394,16 @@ def test_any_value_of_any_field_is_read_or_refused(tmp_path_factory: pytest.Temp
 
 
 def test_other_damage_is_named(tmp_path: Path) -> None:
-    policy = lora_model("llama")
+    policy = lora_model("llama", head="scalar")
+    policy.reward_bias = 0.5
     policy.save_adapter(tmp_path)
     assert policy.base is not None
     weights = tmp_path / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    for wrong in (b"nan", b"0,5"):
+        weights.write_bytes(content.replace(b'"0.5"', b'"' + wrong + b'"'))
+        with pytest.raises(ValueError, match=rf"reward_bias must be a finite number, but it is '{wrong.decode()}'"):
+            Model.load_adapter(policy.base, tmp_path)
     content = weights.read_bytes()
     weights.write_bytes(content[:100])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is no safetensors file, or damaged"):
