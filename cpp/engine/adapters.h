@@ -9,7 +9,7 @@
 //          backward: dx starts as d_t A and the product with W continues. dA and dB are ONE chain each over the tokens,
 //          continued from what the gradients hold (P4). t is made again for them: the same bits.
 // Work     2 rows width (in + out) flops forward, three times that backward; width = rank x modules of the group.
-// Test     tests/python/test_lora.py, test_peft.py.   Benchmark  none of its own: these are matmul products.
+// Test     tests/python/test_lora.py, test_peft.py.   Benchmark  bench/rollout.py (--lora_rank).
 #pragma once
 
 #include <cstdint>
