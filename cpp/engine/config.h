@@ -12,8 +12,9 @@ enum class Norm : std::uint8_t { rmsnorm, layernorm };
 enum class Mlp : std::uint8_t { swiglu, gelu, gelu_erf };
 enum class Head : std::uint8_t { lm, scalar };
 
-// Rotary frequencies divided by `factor`: all of them (linear), or the long wavelengths only, blended in between (llama3, yarn).
-// yarn also multiplies every cosine and sine: by attention_factor, or what follows from factor and the two mscales (0: not given).
+// Rotary frequencies divided by `factor`: all of them (linear), or the long wavelengths only, blended in between (llama3,
+// yarn). yarn also multiplies every cosine and sine: by attention_factor, or what follows from factor and the two mscales (0:
+// not given).
 struct RopeScaling {
   enum class Kind : std::uint8_t { none, linear, llama3, yarn } kind = Kind::none;
   double factor = 1, low_freq_factor = 1, high_freq_factor = 4;

@@ -44,6 +44,8 @@ __all__ = [
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 REWARD_BIAS = "reward_bias"
 
@@ -52,7 +54,7 @@ StoredDtype = Literal["float32", "float16", "bfloat16"]
 _log = logging.getLogger(__name__)
 
 _MODEL_FILE = re.compile(
-    r"(generation_)?config\.json|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"(generation_|adapter_)?config\.json|adapter_model\.safetensors|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 _LARGEST_BIAS = 1e30  # values are float32
 _SMALLEST_ELEMENT = 2  # bytes, of float16 and bfloat16
@@ -177,10 +179,7 @@ def write_folder(
     """
     folder = Path(folder)
     weights = dict(tensors)
-    special_ids: dict[str, Any] = {
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_ids[0] if len(eos_token_ids) == 1 else list(eos_token_ids) or None,
-    }
+    special_ids = _special_ids(eos_token_ids, bos_token_id)
     stored = _stored_dtypes(weights, origin, dtype)
     widest = max(stored.values(), key=lambda one: one.itemsize)
     # Of float16 beside bfloat16 neither holds the other.
@@ -207,7 +206,19 @@ def write_folder(
         parts[CARD] = [card(head, document["architectures"][0], parameters, document["torch_dtype"], lineage, reward_bias)]
     parts[CONFIG] = [_json(document)]
     files.make_folder(folder, disk)
-    _replace_files(folder, parts, disk)
+    replace_files(folder, parts, disk)
+
+
+def generation_config(eos_token_ids: Sequence[int], bos_token_id: int | None) -> bytes:
+    """generation_config.json."""
+    return _json(_special_ids(eos_token_ids, bos_token_id))
+
+
+def _special_ids(eos_token_ids: Sequence[int], bos_token_id: int | None) -> dict[str, Any]:
+    return {
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_ids[0] if len(eos_token_ids) == 1 else list(eos_token_ids) or None,
+    }
 
 
 def _stored_dtypes(
@@ -246,8 +257,8 @@ def _json(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=2).encode() + b"\n"
 
 
-def _replace_files(folder: Path, parts: Mapping[str, Iterable[Buffer]], disk: Disk) -> None:
-    """Writes `parts`, whose last is config.json, in place of the model that `folder` may hold."""
+def replace_files(folder: Path, parts: Mapping[str, Iterable[Buffer]], disk: Disk) -> None:
+    """Writes `parts`, whose last is (adapter_)config.json, in place of the model or adapter that `folder` may hold."""
     _remove_model(folder, files.TEMPORARY, disk)  # leftovers of an interrupted write
     try:
         for name, chunks in parts.items():
@@ -256,7 +267,8 @@ def _replace_files(folder: Path, parts: Mapping[str, Iterable[Buffer]], disk: Di
         with suppress(files.FileError):
             _remove_model(folder, files.TEMPORARY, disk)
         raise
-    files.remove(folder / CONFIG, disk)
+    for name in (CONFIG, ADAPTER_CONFIG):
+        files.remove(folder / name, disk)
     disk.fsync(folder)
     _remove_model(folder, "", disk)
     *first, last = parts

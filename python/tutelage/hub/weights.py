@@ -54,14 +54,14 @@ def read_tensors(
     folder = Path(folder)
     found: dict[str, _Source] = {}
     for path in weight_files(folder):
-        with _open(path) as file:
+        with open_weights(path) as file:
             for stored in file.keys():  # noqa: SIM118 (no dict, and not iterable in older releases)
                 name = _parameter_name(stored, expected)
                 if name in found:
                     raise ValueError(f"{path}: {stored} is in {found[name].path.name} too, as {found[name].stored}")
                 if name is not None:
                     found[name] = _Source(path, stored)
-                    _check_tensor(path, stored, file.get_slice(stored), expected.get(name))
+                    check_tensor(path, stored, file.get_slice(stored), expected.get(name))
     unexpected = [name for name in found if name not in expected and name not in _HEAD_TENSORS]
     missing = [name for name in expected if name not in found]
     for what, names in (("lacks", missing), ("has, but the model of its config.json has not,", unexpected)):
@@ -76,7 +76,7 @@ def read_tensors(
 def _load(found: Mapping[str, _Source], expected: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = [(name, source) for name, source in found.items() if name in expected]
     for path, group in groupby(wanted, key=lambda entry: entry[1].path):
-        with _open(path) as file:
+        with open_weights(path) as file:
             for name, source in group:
                 tensor = file.get_tensor(source.stored)
                 if tensor.dtype == torch.float64:  # no model has it, and its range is wider
@@ -132,7 +132,7 @@ def _read_index(path: Path) -> list[Path]:
     return shards
 
 
-def _open(path: Path) -> Any:
+def open_weights(path: Path) -> Any:
     """The header of a safetensors file, checked, and its data mapped into memory; for a `with`."""
     try:
         return safe_open(path, framework="pt")
@@ -148,7 +148,8 @@ def _parameter_name(stored: str, expected: Mapping[str, Sequence[int]]) -> str |
     return None if ("." + stored).endswith(_BUFFERS) else stored
 
 
-def _check_tensor(path: Path, stored: str, view: Any, shape: Sequence[int] | None) -> None:
+def check_tensor(path: Path, stored: str, view: Any, shape: Sequence[int] | None) -> None:
+    """Raises ValueError where a stored tensor has another shape, or is not of floating point."""
     if shape is None:
         return
     if tuple(view.get_shape()) != tuple(shape):
@@ -172,7 +173,7 @@ def _check_tied(found: Mapping[str, _Source], expected: Mapping[str, Sequence[in
 
 
 def _read_one(source: _Source) -> torch.Tensor:
-    with _open(source.path) as file:
+    with open_weights(source.path) as file:
         tensor: torch.Tensor = file.get_tensor(source.stored)
         return tensor
 

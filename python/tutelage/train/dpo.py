@@ -35,6 +35,7 @@ from tutelage.train.tuning import (
     TuningResult,
     UserObjective,
     base_model,
+    before,
     check_rows,
     check_same,
     checked,
@@ -42,6 +43,8 @@ from tutelage.train.tuning import (
     conclude,
     content,
     packed,
+    save,
+    size,
     split,
     stops,
 )
@@ -125,7 +128,7 @@ def _learn(
         optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         run.say(
-            f"model: {model.params.numel():,} parameters; {len(data)} examples to learn from, {len(held_out)} held out; "
+            f"model: {size(model)}; {len(data)} examples to learn from, {len(held_out)} held out; "
             f"{last} steps of {config.batch_size} examples on {torch.get_num_threads()} threads"
         )
 
@@ -182,9 +185,9 @@ def _learn(
             run.end_step(model, optimizer, {**state, **best.state, "reference": reference.key})
 
         selected, found_best = best.restore(model, last, measured)
-        run.save_model(model, command, steps=selected, examples=len(data), tokens=tokens, loss=loss, **found_best)
+        folder = save(run, model, config, command, steps=selected, examples=len(data), tokens=tokens, loss=loss, **found_best)
         result = PreferenceResult(
-            folder=run.folder / "model",
+            folder=folder,
             steps=last,
             selected_step=selected,
             examples=len(data),
@@ -286,7 +289,9 @@ class _Reference:
         self._pairs = dict(zip(rows, pairs, strict=True))
         self._logps: dict[Row, list[float]] = {}
         if isinstance(config, DpoConfig) and config.loss_type != "simpo":
-            reference = model if config.ref_model is None else load_reference(config.ref_model, model, longest)
+            reference = model if model.base is None else before(model)
+            if config.ref_model is not None:
+                reference = load_reference(config.ref_model, model, longest)
             batch = packed([sequence for pair in pairs for sequence in pair])
             self.key, found = reference_logps(run, reference, batch, self._max_tokens, disk)
             self._logps = dict(zip(rows, found.view(-1, 2).tolist(), strict=True))

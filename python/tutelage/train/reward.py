@@ -28,7 +28,7 @@ from tutelage.objectives import RankingPairs, ranking_metrics, ranking_pairs, re
 from tutelage.optimizer import AdamW
 from tutelage.train.configs import RewardConfig
 from tutelage.train.run import Run, ignore, learning_rate, open_run
-from tutelage.train.tuning import Best, TuningResult, base_model, check_rows, conclude, content, split
+from tutelage.train.tuning import Best, TuningResult, base_model, check_rows, conclude, content, save, size, split
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         responses = sum(len(example.responses) for example in examples.examples)
         run.say(
-            f"model: {model.params.numel():,} parameters; {len(data)} prompts with {responses} responses to learn from, "
+            f"model: {size(model)}; {len(data)} prompts with {responses} responses to learn from, "
             f"{len(held_out)} held out; {last} steps of {config.batch_size} prompts on {torch.get_num_threads()} threads"
         )
 
@@ -120,9 +120,9 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         scores = sequence_rewards(model, pack(demonstrations), config.micro_batch_tokens).tolist()
         model.reward_bias = math.fsum(scores) / len(scores)
         figures = {**measured, "reward_bias": model.reward_bias}
-        run.save_model(model, "reward", steps=selected, examples=len(data), tokens=tokens, loss=loss, **figures)
+        folder = save(run, model, config, "reward", steps=selected, examples=len(data), tokens=tokens, loss=loss, **figures)
         result = RewardResult(
-            folder=run.folder / "model",
+            folder=folder,
             steps=last,
             selected_step=selected,
             examples=len(data),

@@ -399,15 +399,17 @@ class Run:
         if stop is not None:
             raise self.interruption(stop)
 
-    def save_model(self, model: Model, command: str, /, **came_to: float | None) -> None:
-        """Writes the finished model into the run's folder, with a card that says what was done to it.
+    def save_model(self, model: Model, command: str, /, **came_to: float | None) -> Path:
+        """Writes the finished model into the run's folder, with a card that says what was done to it; returns where.
 
         came_to: figures of the model as it is saved; one that is None or no number is left out.
         """
         # By name: a resumed run has them in the order of its checkpoint.
         figures = {name: value for name, value in sorted(came_to.items()) if value is not None and math.isfinite(value)}
         stage = Stage(command, {**_chosen(self._config), **figures})
-        model.save_pretrained(self.folder / "model", stage=stage)
+        folder = self.folder / "model"
+        model.save_pretrained(folder, stage=stage)
+        return folder
 
     def interruption(self, number: int) -> Interrupted:
         """What to raise when the signal `number` stops the run now."""
