@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,32 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
 
 
-def safetensors_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Buffer]:
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor to write that is made when its turn comes: `pieces` gives its elements in order, as `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[torch.Tensor]]
+    layout: torch.layout = torch.strided
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.numel() * self.element_size()
+
+
+def safetensors_chunks(
+    tensors: Mapping[str, torch.Tensor | LazyTensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[Buffer]:
     """The bytes of a safetensors file, for `files.write_file_atomic` or a checkpoint, a piece at a time.
 
     Widest elements first, then by name, as the safetensors library does it: each tensor is aligned to its
@@ -59,9 +85,10 @@ def safetensors_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
     return _chunks(text, [tensors[name] for name in names])
 
 
-def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[Buffer]:
+def _chunks(header: bytes, tensors: Iterable[torch.Tensor | LazyTensor]) -> Iterator[Buffer]:
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for start in range(0, len(flat), PIECE_BYTES):
-            yield flat[start : start + PIECE_BYTES].cpu().numpy().data
+        for piece in tensor.pieces() if isinstance(tensor, LazyTensor) else (tensor,):
+            flat = piece.detach().contiguous().reshape(-1).view(torch.uint8)
+            for start in range(0, len(flat), PIECE_BYTES):
+                yield flat[start : start + PIECE_BYTES].cpu().numpy().data
