@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ class Place:
         if self.heads:
             return tensor.view(self.heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         return tensor.T.contiguous() if self.transposed else tensor
+
+    def to_write(self, kind: str, load: Callable[[], torch.Tensor]) -> TensorToWrite:
+        """This tensor for a file whose matrices are of `kind`; `load` gives it in Hugging Face's layout."""
+        return TensorToWrite(
+            self.theirs, self.their_shape, kind if self.is_matrix else "F32", lambda: iter([self.to_theirs(load())])
+        )
 
 
 def places(config: ModelConfig, architecture: str) -> list[Place]:

@@ -25,6 +25,7 @@ _PRE = "tokenizer.ggml.pre"
 _TEMPLATE = "tokenizer.chat_template"
 _TEMPLATE_NAMES = "tokenizer.chat_templates"  # of further ones: tokenizer.chat_template.<name>
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 _BLANK = "\u2581"  # SentencePiece's space
 
 
@@ -99,6 +100,9 @@ class _Reader:
         self.metadata = file.metadata
         self.tokens = self._tokens(vocab_size)
         self.types = self._types()
+        for number in map(self._id, _SPECIAL_IDS):
+            if number is not None and self.types[number] == _UNUSED:  # but named: it is used
+                self.types[number] = _CONTROL
 
     def read(self) -> tuple[dict[str, bytes], tuple[int, ...]]:
         kind = self._string(_MODEL)
@@ -241,11 +245,12 @@ class _Reader:
         }
 
     def _vocabulary(self) -> dict[str, int]:
-        """What the model of tokenizer.json knows. The library numbers added tokens on from there, so those in front
-        of a normal one are in it too."""
-        plain = [number for number, kind in enumerate(self.types) if kind in (_NORMAL, _BYTE)]
-        end = plain[-1] + 1 if plain else 0
-        return {token: number for number, token in enumerate(self.tokens[:end]) if self.types[number] != _UNUSED}
+        """What the model of tokenizer.json knows. The library gives added tokens the ids behind it, so only those that
+        come last, without a gap, may be left out (as Llama 3's and Qwen's files do)."""
+        used = [number for number, kind in enumerate(self.types) if kind != _UNUSED]
+        plain = [number for number in used if self.types[number] in (_NORMAL, _BYTE)]
+        end = plain[-1] + 1 if plain and used == list(range(len(used))) else len(self.tokens)
+        return {self.tokens[number]: number for number in used if number < end}
 
     def _byte_level(self) -> dict[str, Any]:
         name = self.metadata.get(_PRE, "default")
@@ -263,7 +268,7 @@ class _Reader:
 
     def _merges(self) -> list[tuple[str, str]]:
         name = "tokenizer.ggml.merges"
-        known = set(self.tokens)
+        known = self._vocabulary().keys()
         merges = []
         for number, merge in enumerate(self._strings(name)):
             left, _, right = merge.partition(" ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tutelage import files
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.hub import gguf_model, hugging_face
-from tutelage.hub.gguf_file import GgufFile, TensorToWrite, Value, gguf_chunks
+from tutelage.hub.gguf_file import GgufFile, Value, gguf_chunks
 from tutelage.hub.gguf_model import Place
 from tutelage.hub.gguf_tokenizer import describe_tokenizer, read_tokenizer
 from tutelage.safetensors_io import LazyTensor
@@ -77,8 +78,7 @@ def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[list[
             return gguf_model.rows_of(file, places[index], dtype)
 
         tensors: list[tuple[str, Any]] = [
-            (place.ours, LazyTensor(place.shape, dtype, lambda index=index: pieces(index)))  # type: ignore[misc]
-            for index, place in enumerate(places)
+            (place.ours, LazyTensor(place.shape, dtype, functools.partial(pieces, index))) for index, place in enumerate(places)
         ]
         temporary = target.with_name(files.TEMPORARY + target.name)
         files.remove(temporary)
@@ -150,21 +150,13 @@ def _to_gguf(source: Path, target: Path, config: ConvertConfig) -> tuple[list[Pl
     tensors = hugging_face.read_tensors(source, shapes, tied=tied)
     with _bar() as advance:
 
-        def rows(index: int) -> Iterator[torch.Tensor]:
+        def load(index: int) -> torch.Tensor:
             advance(index / len(order))
             name, tensor = next(tensors)
             assert name == order[index].ours
-            yield order[index].to_theirs(tensor)
+            return tensor
 
-        to_write = [
-            TensorToWrite(
-                place.theirs,
-                place.their_shape,
-                kind if place.is_matrix else "F32",
-                lambda index=index: rows(index),  # type: ignore[misc]
-            )
-            for index, place in enumerate(order)
-        ]
+        to_write = [place.to_write(kind, functools.partial(load, index)) for index, place in enumerate(order)]
         files.write_file_atomic(target, gguf_chunks(metadata, [*to_write, *gguf_model.extra_tensors(model)]))
     return order, dtype
 
