@@ -582,6 +582,8 @@ def test_token_types_are_known(tmp_path: Path) -> None:
     again, _ = there_and_back(tmp_path, tokenizer, (), tokenizer__ggml__token_type=types)
     assert again.backend.token_to_id("<tool>") == tokenizer.backend.token_to_id("<tool>")
     described: Any = describe_tokenizer(tokenizer, tokenizer.vocab_size + 3, (), "x")
+    types = described["tokenizer.ggml.token_type"].copy()
+    types[-3:] = 3
     tokens = [*described["tokenizer.ggml.tokens"][:-1], ""]
     with pytest.raises(ValueError, match=r"m\.gguf: the token '' would get the id None instead of \d+"):
         there_and_back(tmp_path, tokenizer, tokenizer__ggml__token_type=types, tokenizer__ggml__tokens=tokens)

@@ -157,7 +157,11 @@ def _to_gguf(source: Path, target: Path, config: ConvertConfig) -> tuple[list[Pl
             return tensor
 
         to_write = [place.to_write(kind, functools.partial(load, index)) for index, place in enumerate(order)]
-        files.write_file_atomic(target, gguf_chunks(metadata, [*to_write, *gguf_model.extra_tensors(model)]))
+        try:
+            files.write_file_atomic(target, gguf_chunks(metadata, [*to_write, *gguf_model.extra_tensors(model)]))
+        except BaseException:
+            files.remove(target.with_name(files.TEMPORARY + target.name))
+            raise
     return order, dtype
 
 
