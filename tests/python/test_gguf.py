@@ -452,6 +452,21 @@ def test_what_llama_cpp_has_not(options: dict[str, Any], message: str) -> None:
     assert gguf_model.describe(wide, Path("x"))[0] == "llama"
 
 
+def test_options_that_a_file_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option of ModelConfig that is not among those described must be at its default."""
+    config = MODELS["llama, head_dim"]
+    monkeypatch.setattr(gguf_model, "_DESCRIBED", gguf_model._DESCRIBED - {"mlp_bias"})
+    assert gguf_model.describe(config, Path("x"))[0] == "llama"
+    monkeypatch.setattr(gguf_model, "_DESCRIBED", gguf_model._DESCRIBED - {"rope_theta"})
+    with pytest.raises(ValueError, match=r"some/folder: a GGUF file has no place for rope_theta = 500000\.0"):
+        gguf_model.describe(config, Path("some/folder"))
+    scaled = tl.ModelConfig.from_dict(
+        {**MODELS["llama"].to_dict(), "rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}
+    )
+    with pytest.raises(ValueError, match="some/folder: a GGUF file has no place for rope_scaling's x"):
+        gguf_model.describe(scaled, Path("some/folder"))
+
+
 # --- tokenizers ---------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ llama its converter interleaves the rows of attn_q and attn_k. Read as they are,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,33 @@ _KNOWN = frozenset(
         "vocab_size",
     }
 )
+
+# Of a ModelConfig: what the metadata and the tensors of a file tell. Anything else must be at its default.
+_DESCRIBED = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "norm",
+        "norm_eps",
+        "position",
+        "rope_theta",
+        "rope_scaling",
+        "mlp",
+        "attention_bias",
+        "attention_out_bias",
+        "mlp_bias",
+        "qk_norm",
+        "sliding_window",
+    }
+)
+_ROPE_FIELDS = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -476,6 +504,13 @@ def _architecture(config: ModelConfig, path: Path) -> str:
         architecture = "qwen2" if config.attention_bias and not out_bias else "llama"
     scaling = (config.rope_scaling or {}).get("rope_type")
     window = config.sliding_window
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _DESCRIBED and value != field.default:
+            raise ValueError(f"{path}: a GGUF file has no place for {field.name} = {reprlib.repr(value)}")
+    further = sorted(set(config.rope_scaling or {}) - _ROPE_FIELDS)
+    if further:
+        raise ValueError(f"{path}: a GGUF file has no place for rope_scaling's {', '.join(further)}")
     for name, value, wrong in (
         ("mlp", config.mlp, config.mlp != ("gelu" if architecture == "gpt2" else "swiglu")),
         ("norm", config.norm, config.norm != ("layernorm" if architecture == "gpt2" else "rmsnorm")),
