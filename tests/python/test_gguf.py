@@ -316,6 +316,25 @@ def test_sixteen_bits_where_they_are_exact(tmp_path: Path, kind: str, dtype: tor
         assert exact_dtype(file) == torch.float32
 
 
+def test_older_and_other_ways_to_say_it(tmp_path: Path) -> None:
+    """rope.scale_linear of 2023, one number a layer, none where there is none, a window as wide as the context."""
+    model = tiny("llama")
+    for changes, scaling in (
+        ({"rope__scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope__scale_linear": 1.0}, None),
+        ({"rope__scaling__type": "none", "expert_count": 0, "attention__sliding_window": 96, "attention__causal": True}, None),
+        ({"attention__head_count": np.array([4, 4], np.int32), "tensor_data_layout": "Meta AI original pth"}, None),
+    ):
+        path = write(tmp_path / "m.gguf", model_metadata(model, **changes), model_tensors(model))
+        with GgufFile(path) as file:
+            config = read_model(file)[0]
+        assert config.rope_scaling == scaling and config.num_attention_heads == 4
+    model = tiny("llama, llama3")
+    metadata = model_metadata(model, rope__scaling__type="linear")
+    with GgufFile(write(path, metadata, model_tensors(model))) as file, pytest.raises(ValueError, match=r"must be none beside"):
+        read_model(file)
+
+
 def test_llama3_scaling_is_found_in_its_divisors(tmp_path: Path) -> None:
     model = tiny("llama, llama3")
     metadata, tensors = model_metadata(model), model_tensors(model)
@@ -349,6 +368,12 @@ def test_llama3_scaling_is_found_in_its_divisors(tmp_path: Path) -> None:
 REFUSED_METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"logit_scale": 0.5}, "llama.logit_scale = 0.5 is not supported"),
     "experts": ({"expert_count": 8}, "llama.expert_count must be 0: mixtures of experts are not supported, but it is 8"),
+    "both ways, listed": ({"attention__causal": np.array([1, 1], np.int32)}, "llama.attention.causal must be true"),
+    "scalings": ({"rope__scaling__type": np.array([1, 1], np.int32)}, "llama.rope.scaling.type must be none, linear or yarn"),
+    "yarn from": (
+        {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0},
+        "rope.scaling.original_context_length must be",
+    ),
     "both ways": ({"attention__causal": False}, "llama.attention.causal must be true"),
     "missing": ({"block_count": None}, "llama.block_count must be an integer from 1 to 2147483647 (the same in every layer), "),
     "no number": ({"context_length": "x"}, "llama.context_length must be an integer"),
@@ -386,6 +411,8 @@ def test_refused_metadata(tmp_path: Path, name: str) -> None:
             "the architecture 'gemma3', which tutelage does not run; it converts llama, qwen2,",
         ),
         ({"general.architecture": 5}, "the architecture 5"),
+        ({"general.architecture": np.array([1, 2], np.int32)}, "the architecture array([1, 2]"),
+        ({"split.count": np.array([1, 1], np.int32)}, "is one of [1 1] parts"),
         ({"split.count": 3}, "is one of 3 parts of a model: join them"),
     ],
 )
@@ -567,6 +594,7 @@ REFUSED_TOKENIZERS: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer__ggml__merges": ["Ġ nothere"]}, "tokenizer.ggml.merges has 'Ġ nothere' as entry 0, but no such tokens"),
     ({"tokenizer__ggml__merges": None}, "tokenizer.ggml.merges must be a list of strings"),
     ({"tokenizer__ggml__eos_token_id": 5000}, "tokenizer.ggml.eos_token_id must be an id below"),
+    ({"tokenizer__ggml__eos_token_id": np.array([1, 2], np.int32)}, "tokenizer.ggml.eos_token_id must be an id below"),
     ({"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__bos_token_id": None}, "ggml.bos_token_id must be a token id"),
     ({"tokenizer__ggml__add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token must be true or false, but it is 'yes'"),
     ({"tokenizer__chat_template": True}, "tokenizer.chat_template must be a string, but it is True"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,12 +250,12 @@ class _Fields:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         architecture = file.metadata.get("general.architecture")
-        if file.metadata.get("split.count", 1) not in (0, 1):
+        if not _is_one_of(file.metadata.get("split.count", 1), (0, 1)):
             raise ValueError(
                 f"{file.path} is one of {file.metadata['split.count']} parts of a model: "
                 "join them with llama.cpp's `llama-gguf-split --merge` first"
             )
-        if architecture not in ARCHITECTURES:
+        if not _is_one_of(architecture, ARCHITECTURES):
             raise ValueError(
                 f"{file.path} holds a model of the architecture {reprlib.repr(architecture)}, which tutelage does not run; "
                 f"it converts {', '.join(ARCHITECTURES)}"
@@ -270,7 +270,7 @@ class _Fields:
                 raise ValueError(f"{self.file.path}: {name} = {reprlib.repr(value)} is not supported")
         if self.integer("expert_count", 0, least=0):
             raise self.error("expert_count", "must be 0: mixtures of experts are not supported")
-        if self.get("attention.causal") not in (None, True):
+        if not _is_one_of(self.get("attention.causal"), (None, True)):
             raise self.error("attention.causal", "must be true: models that look ahead are not supported")
 
     def get(self, name: str) -> Value | None:
@@ -301,6 +301,11 @@ class _Fields:
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
+
+
+def _is_one_of(value: object, allowed: Sequence[object]) -> bool:
+    """A list (a numpy array, which would be compared element by element) is none of them."""
+    return not isinstance(value, np.ndarray) and value in allowed
 
 
 def _build(fields: _Fields, **options: Any) -> ModelConfig:
@@ -380,20 +385,20 @@ def _read_rope_scaling(fields: _Fields, width: int, theta: float) -> dict[str, A
         factor = fields.number("rope.scale_linear")
         return None if factor == 1 else {"rope_type": "linear", "factor": factor}
     if fields.has(_ROPE_FACTORS):
-        if kind not in (None, "none"):
+        if not _is_one_of(kind, (None, "none")):
             raise fields.error("rope.scaling.type", f"must be none beside the tensor {_ROPE_FACTORS}")
         return _read_rope_factors(fields, width, theta)
-    if kind in (None, "none"):
+    if _is_one_of(kind, (None, "none")):
         return None
+    if not _is_one_of(kind, ("linear", "yarn")):
+        raise fields.error("rope.scaling.type", "must be none, linear or yarn (other scalings are not supported)")
     if kind == "linear":
         return {"rope_type": "linear", "factor": fields.number("rope.scaling.factor")}
-    if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": fields.number("rope.scaling.factor"),
-            "original_max_position_embeddings": fields.integer("rope.scaling.original_context_length"),
-        }
-    raise fields.error("rope.scaling.type", "must be none, linear or yarn (other scalings are not supported)")
+    return {
+        "rope_type": "yarn",
+        "factor": fields.number("rope.scaling.factor"),
+        "original_max_position_embeddings": fields.integer("rope.scaling.original_context_length"),
+    }
 
 
 def _read_rope_factors(fields: _Fields, width: int, theta: float) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class _Reader:
     def _id(self, kind: str) -> int | None:
         name = f"tokenizer.ggml.{kind}_token_id"
         value = self.metadata.get(name)
-        if value is None or value in (2**32 - 1, -1):  # llama.cpp's "none"
+        if value is None or (type(value) is int and value in (2**32 - 1, -1)):  # llama.cpp's "none"
             return None
         if type(value) is not int or not 0 <= value < len(self.tokens):
             raise self._error(name, f"must be an id below {len(self.tokens)}")
