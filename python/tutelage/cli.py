@@ -27,8 +27,8 @@ class Command:
     summary: str
     config: str
     function: str
-    positional: str = ""
-    """The option whose values may stand in front without its name."""
+    positional: tuple[str, ...] = ()
+    """The options whose values may stand in front without their names; the last may have several."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -91,13 +91,19 @@ COMMANDS: Mapping[str, Command] = {
         "Measure a model: bits per byte, accuracy, win rate, KL divergence.",
         "tutelage.train.configs:EvalConfig",
         "tutelage.train.evaluate_command:evaluate",
-        positional="measure",
+        positional=("measure",),
     ),
     "data check": Command(
         "Check a file of rows: its schema, its bad rows, what of it would be learned.",
         "tutelage.train.configs:DataCheckConfig",
         "tutelage.train.data_check:data_check",
-        positional="data",
+        positional=("data",),
+    ),
+    "convert": Command(
+        "Make a Hugging Face folder of a GGUF file, or a GGUF file of a folder.",
+        "tutelage.train.configs:ConvertConfig",
+        "tutelage.train.convert:convert",
+        positional=("source", "target"),
     ),
     "bench kernels": Command(
         "Measure every kernel against torch and this machine's ceilings.",
@@ -191,9 +197,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
     command = COMMANDS[name]
     config = _imported(command.config)
-    if command.positional and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{command.positional}", *arguments]
-    path, options = _split_config(arguments)
+    path, options = _split_config(_named(command.positional, arguments))
     # The file's values go in front of the options as options of their own: one parser checks both, and the
     # last one wins.
     from_file = [] if path is None else _options_of(config, path)
@@ -203,6 +207,16 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         prog=f"tutelage {name}",
         use_underscores=True,
     )
+
+
+def _named(positional: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The arguments with the names of those that stand in front."""
+    named, rest = [], list(arguments)
+    for name in positional:
+        if not rest or rest[0].startswith("-"):
+            break
+        named += [f"--{name}", rest.pop(0)]
+    return named + rest
 
 
 def _imported(place: str) -> Any:

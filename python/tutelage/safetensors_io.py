@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +33,31 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8  # the widest element, so that every tensor can be viewed in place in the file's bytes
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor to write that is made when its turn comes: `pieces` gives its elements in order, as `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[torch.Tensor]]
+    layout: torch.layout = torch.strided
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.numel() * self.element_size()
+
+
 def safetensors_chunks(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | LazyTensor],
     metadata: Mapping[str, str] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Iterator[Buffer]:
@@ -67,10 +91,11 @@ def safetensors_chunks(
     return _chunks(text, [(tensors[name], stored[name]) for name in names])
 
 
-def _chunks(header: bytes, tensors: Iterable[tuple[torch.Tensor, torch.dtype]]) -> Iterator[Buffer]:
+def _chunks(header: bytes, tensors: Iterable[tuple[torch.Tensor | LazyTensor, torch.dtype]]) -> Iterator[Buffer]:
     yield len(header).to_bytes(8, "little") + header
     for tensor, dtype in tensors:
-        flat = tensor.detach().contiguous().reshape(-1)
-        for piece in torch.split(flat, PIECE_BYTES // flat.element_size()):
-            if len(piece):  # an empty tensor is one empty piece
-                yield piece.to(dtype).view(torch.uint8).cpu().numpy().data
+        for piece in tensor.pieces() if isinstance(tensor, LazyTensor) else (tensor,):
+            flat = piece.detach().contiguous().reshape(-1)
+            for part in torch.split(flat, PIECE_BYTES // flat.element_size()):
+                if len(part):  # an empty tensor is one empty part
+                    yield part.to(dtype).view(torch.uint8).cpu().numpy().data

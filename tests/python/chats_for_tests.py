@@ -112,7 +112,7 @@ def with_template(template: str | None, **config: Any) -> Tokenizer:
     contents["tokenizer_config.json"] = json.dumps(options).encode()
     if template is not None:
         contents["chat_template.jinja"] = template.encode()
-    return Tokenizer._from_contents(contents, "test")
+    return Tokenizer.from_contents(contents, "test")
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:

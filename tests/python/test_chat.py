@@ -263,7 +263,7 @@ def sentencepiece(scheme: str) -> Tokenizer:
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken("</s>", normalized=False), AddedToken("<s>", normalized=False)])
     template = TEMPLATES["mistral"].replace("'[INST] '", "'[IS] '").replace("' [/INST]'", "' [/IS]'")
-    return Tokenizer._from_contents(
+    return Tokenizer.from_contents(
         {
             "tokenizer.json": backend.to_str().encode(),
             "tokenizer_config.json": b'{"eos_token": "</s>", "bos_token": "<s>"}',

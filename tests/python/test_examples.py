@@ -75,7 +75,7 @@ def adds_bos() -> Tokenizer:
 
     backend = type(TOKENIZER.backend).from_str(TOKENIZER.backend.to_str())
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return Tokenizer._from_contents(dict(TOKENIZER.contents) | {"tokenizer.json": backend.to_str().encode()}, "test")
+    return Tokenizer.from_contents(dict(TOKENIZER.contents) | {"tokenizer.json": backend.to_str().encode()}, "test")
 
 
 # --- every schema -------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_eos_stands_once() -> None:
 def test_a_tokenizer_without_end() -> None:
     contents = dict(TOKENIZER.contents) | {"tokenizer_config.json": b"{}"}
     with pytest.raises(ValueError, match=r"names no end of text: set eos_token in its tokenizer_config\.json"):
-        load_sft([{"text": "a"}], Tokenizer._from_contents(contents, "test"), 99)
+        load_sft([{"text": "a"}], Tokenizer.from_contents(contents, "test"), 99)
 
 
 # --- templates ----------------------------------------------------------------------------------------------

@@ -237,12 +237,12 @@ def test_the_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
 def test_the_bytes_of_sentencepiece_tokens() -> None:
     backend = tokenizers.Tokenizer(models.BPE({"<0x0A>": 0, "\u2581a": 1, "b": 2}, [], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made = Tokenizer._from_contents({"tokenizer.json": backend.to_str().encode()}, "test")
+    made = Tokenizer.from_contents({"tokenizer.json": backend.to_str().encode()}, "test")
     assert made.token_bytes() == [b"\n", b" a", b"b"]
 
 
 def test_tokens_of_unknown_spelling() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}))
-    made = Tokenizer._from_contents({"tokenizer.json": backend.to_str().encode()}, "test")
+    made = Tokenizer.from_contents({"tokenizer.json": backend.to_str().encode()}, "test")
     with pytest.raises(ValueError, match="neither byte-level nor SentencePiece's"):
         made.token_bytes()

@@ -64,10 +64,11 @@ class Tokenizer:
         if not (folder / _TOKENIZER).is_file():
             raise FileNotFoundError(f"no {_TOKENIZER} in {folder}")
         present = [name for name in (*_TOKENIZER_FILES, *_MODEL_FILES) if (folder / name).is_file()]
-        return cls._from_contents({name: (folder / name).read_bytes() for name in present}, str(folder))
+        return cls.from_contents({name: (folder / name).read_bytes() for name in present}, str(folder))
 
     @classmethod
-    def _from_contents(cls, contents: Mapping[str, bytes], where: str) -> Tokenizer:
+    def from_contents(cls, contents: Mapping[str, bytes], where: str) -> Tokenizer:
+        """The same from the files' bytes, by name; `where` is what an error says they come from."""
         backend = _load_backend(contents[_TOKENIZER], f"{where}/{_TOKENIZER}")
         # What a file asks for in passing must not drop, add or merge tokens: the caller decides about
         # lengths, and text that spells <|endoftext|> is text.
@@ -388,7 +389,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, special_tokens: S
         _TOKENIZER: backend.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
     }
-    return Tokenizer._from_contents(contents, "the trained tokenizer")
+    return Tokenizer.from_contents(contents, "the trained tokenizer")
 
 
 def _checked(documents: Iterable[str]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from tutelage.hub import config_json
 from tutelage.hub.config_json import read_json
 from tutelage.hub.model_card import CARD, Lineage, Stage, card, may_replace, read_lineage
 from tutelage.hub.weights import INDEX, WEIGHTS, read_tensors, weight_files, weight_parts
+from tutelage.safetensors_io import LazyTensor
 
 __all__ = [
     "CARD",
@@ -146,7 +147,7 @@ def write_folder(
     folder: str | Path,
     config: ModelConfig,
     head: Head,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | LazyTensor]],
     *,
     eos_token_ids: Sequence[int] = (),
     bos_token_id: int | None = None,
@@ -222,12 +223,14 @@ def _special_ids(eos_token_ids: Sequence[int], bos_token_id: int | None) -> dict
 
 
 def _stored_dtypes(
-    weights: Mapping[str, torch.Tensor], origin: Origin | None, dtype: StoredDtype | None
+    weights: Mapping[str, torch.Tensor | LazyTensor], origin: Origin | None, dtype: StoredDtype | None
 ) -> dict[str, torch.dtype]:
     """What each tensor is stored as."""
     if dtype is not None:
         chosen = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
         for name, tensor in weights.items():
+            if isinstance(tensor, LazyTensor):
+                raise TypeError(f"{name} is made as it is written, as {tensor.dtype}: it cannot be checked to fit into {dtype}")
             largest = float(tensor.abs().max()) if tensor.numel() else 0.0
             if largest > torch.finfo(chosen).max:
                 raise ValueError(f"{name} holds {largest:g}, too large for {dtype}: save the model as float32")
@@ -245,10 +248,10 @@ def _stored_dtypes(
     return wanted
 
 
-def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+def _holds(dtype: torch.dtype, tensor: torch.Tensor | LazyTensor) -> bool:
     """Whether a tensor of this dtype can have exactly these numbers."""
-    if dtype == tensor.dtype:
-        return True
+    if dtype == tensor.dtype or isinstance(tensor, LazyTensor):
+        return dtype == tensor.dtype
     pieces = torch.split(tensor.reshape(-1), _COMPARED_AT_ONCE)
     return all(torch.equal(piece.to(dtype).to(piece.dtype), piece) for piece in pieces)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from tutelage.files import Buffer
 from tutelage.hub.config_json import read_json
-from tutelage.safetensors_io import safetensors_chunks
+from tutelage.safetensors_io import LazyTensor, safetensors_chunks
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -179,11 +179,11 @@ def _read_one(source: _Source) -> torch.Tensor:
 
 
 def weight_parts(
-    weights: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
+    weights: Mapping[str, torch.Tensor | LazyTensor], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
 ) -> dict[str, Iterable[Buffer]]:
     """File name -> content: model.safetensors, or shards and their index. dtypes: what each tensor is stored as."""
     sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in weights.items()}
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shards: list[dict[str, torch.Tensor | LazyTensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in weights.items():
         if shards[-1] and sizes[name] > room:

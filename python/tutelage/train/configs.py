@@ -771,6 +771,33 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """Make a Hugging Face folder of a GGUF file, or a GGUF file of a folder: `tutelage convert SOURCE TARGET`.
+
+    `tutelage convert model.gguf folder/` makes a folder that tutelage trains and transformers loads: config.json, weights,
+    tokenizer and chat template. `tutelage convert folder/ model.gguf` makes a file that llama.cpp runs. Llama, Mistral,
+    SmolLM, Qwen2, Qwen3 and GPT-2. Quantised weights need the gguf package: pip install 'tutelage[hub]'.
+    """
+
+    source: str = ""
+    """A GGUF file or a model's folder; may stand in front without --source."""
+    target: str = ""
+    """Folder or GGUF file to write; may stand behind the source without --target."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0"] = "auto"
+    """What to store the matrices as. auto: as they are; quantised weights become float32, which holds them exactly. q8_0: 8
+    bits a number, in blocks of 32; for a GGUF file only."""
+    overwrite: bool = False
+    """Replace the model, or the file, that is there already."""
+    json: str | None = None
+    """Write the figures (tensors, weights, bytes, seconds) to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target"):
+            if not getattr(self, name):
+                raise ValueError(f"there is no {name}: tutelage convert model.gguf folder/, or the other way round")
+
+
+@dataclass(frozen=True)
 class DataCheckConfig:
     """Check files of rows before a run: `tutelage data check FILE... --model FOLDER`.
 
