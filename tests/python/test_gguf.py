@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -487,10 +488,9 @@ def test_options_that_a_file_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gguf_model, "_DESCRIBED", gguf_model._DESCRIBED - {"rope_theta"})
     with pytest.raises(ValueError, match=r"some/folder: a GGUF file has no place for rope_theta = 500000\.0"):
         gguf_model.describe(config, Path("some/folder"))
-    scaled = tl.ModelConfig.from_dict(
-        {**MODELS["llama"].to_dict(), "rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}
-    )
-    with pytest.raises(ValueError, match="some/folder: a GGUF file has no place for rope_scaling's x"):
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+    scaled = dataclasses.replace(MODELS["llama"], rope_scaling=yarn)
+    with pytest.raises(ValueError, match="some/folder: a GGUF file has no place for rope_scaling's beta_fast"):
         gguf_model.describe(scaled, Path("some/folder"))
 
 

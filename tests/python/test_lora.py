@@ -132,9 +132,9 @@ def test_the_core_wants_the_adapter_where_there_is_one() -> None:
     options = 1.0, False, False, 0, 1
     for model, weights in ((base, (base.params, base.params)), (policy, (base.params, None))):
         with pytest.raises(ValueError, match="weights: a model with adapters, and no other, has two"):
-            model._engine.score(weights, batch.tokens, batch.cu_seqlens, *outputs, *options)
+            model._engine.score(weights, batch.tokens, batch.cu_seqlens, None, *outputs, *options)
     with pytest.raises(ValueError, match="argument 'adapter' must have shape"):
-        policy._engine.score((base.params, base.params), batch.tokens, batch.cu_seqlens, *outputs, *options)
+        policy._engine.score((base.params, base.params), batch.tokens, batch.cu_seqlens, None, *outputs, *options)
 
 
 def test_a_clone_shares_the_base_and_a_double_does_not() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -81,6 +80,7 @@ def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[list[
         tensors = [
             (place.ours, LazyTensor(place.shape, dtype, functools.partial(pieces, index))) for index, place in enumerate(places)
         ]
+        types = sorted({tensor.type for tensor in file.tensors.values()})
         temporary = target.with_name(files.TEMPORARY + target.name)
         files.remove(temporary)
         try:
@@ -92,9 +92,7 @@ def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[list[
                 eos_token_ids=eos_token_ids,
                 bos_token_id=tokenizer.bos_token_id,
                 origin=_origin(file),
-                stage=Stage(
-                    "convert", {"source": file.path.name, "types": sorted({one.type for one in file.tensors.values()})}
-                ),
+                stage=Stage("convert", {"source": file.path.name, "types": [*types]}),
             )
             tokenizer.save(temporary)
             if target.exists():
