@@ -1,4 +1,4 @@
-"""The course: SmolLM2-135M-Instruct → SFT on sums, few steps → PPO and GRPO with an exact-match reward, and what each has come to.
+"""The course: SmolLM2-135M-Instruct → SFT on sums, few steps → PPO and GRPO with an exact-match reward → what each has learned.
 
 There is no reward model and nobody to ask: the reward is a function of ten lines, `reward.py`.
 """
@@ -159,8 +159,8 @@ class _Addition:
             Stage(
                 "sums",
                 "Sums",
-                "All 8,100 sums of two two-digit numbers, in three parts: those of the exam, those that SFT shows, and those that "
-                "PPO and GRPO try. 47+35 and 35+47 are in the same part.",
+                "All 8,100 sums of two two-digit numbers, in three parts: those of the exam, those that SFT shows, and those "
+                "that PPO and GRPO try. 47+35 and 35+47 are in the same part.",
                 self._sums,
             ),
             Stage(
@@ -301,7 +301,7 @@ COLUMNS = (
     Column(
         "right_at_random",
         "right, drawn",
-        "the same sums with every token drawn at random, as in training",
+        "the same sums, every token drawn at random as in training",
         lambda x: f"{x:.1%}",
     ),
     Column("ended", "ended", "answers that came to their end", lambda x: f"{x:.1%}"),
@@ -311,5 +311,5 @@ COLUMNS = (
 
 _OPENING = (
     "SmolLM2-135M-Instruct learns to write the sum of two two-digit numbers and nothing else. It is shown some sums, and then "
-    "tries others and is told only whether its answer was exactly right: the reward is a function, and there is no reward model."
+    "tries others and is told only whether its answer was exactly right: the reward is a function, not a model."
 )

@@ -495,6 +495,7 @@ def _facts(found: Mapping[str, Any]) -> list[str]:
     return [
         f"Held-out pairs of texts whose mean ratings lie at least {GAP:g} apart, in the right order: the reward model "
         f"{told('reward_model')}; a ridge regression on bags of words, with the same texts to learn from "
-        f"{told('ridge_same_texts')}, with all that are not held out {told('ridge_all_texts')}; a single human rater {found['rater']:.1%}.",
+        f"{told('ridge_same_texts')}, with all that are not held out {told('ridge_all_texts')}; a single human rater "
+        f"{found['rater']:.1%}.",
         f"The judge, fitted on texts that the reward model never saw, orders {told('judge')} of the same pairs right.",
     ]

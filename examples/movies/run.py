@@ -1,4 +1,4 @@
-"""`python examples/movies/run.py`: the course; `--help` tells its options. README.md beside this file tells what to expect."""
+"""`python examples/movies/run.py`: the course; `--help` tells its options, README.md what to expect."""
 
 import sys
 from pathlib import Path

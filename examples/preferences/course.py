@@ -107,8 +107,8 @@ class _Preferences:
             Stage(
                 "pairs",
                 "Preference pairs",
-                f"Of 299 public pairs the first {self._sizes.pairs} whose answers have at most {self._sizes.longest} tokens with their "
-                "prompt. A model judged them, or nobody knows who.",
+                f"Of 299 public pairs the first {self._sizes.pairs} whose answers have at most {self._sizes.longest} tokens "
+                "with their prompt. A model judged them, or nobody knows who.",
                 self._pairs,
             ),
             loop(
@@ -132,8 +132,8 @@ class _Preferences:
 
     def _pairs(self) -> Figures:
         tokenizer = Tokenizer.from_pretrained(self.course.model("base"))
-        rows, lengths, read = [], [], 0
-        for read, row in enumerate(self._sources.pairs(), 1):
+        rows, lengths, found = [], [], self._sources.pairs()
+        for row in found:
             (pair,) = load_preferences([row], tokenizer, 2**31 - 1).examples
             own = [len(pair.chosen.tokens), len(pair.rejected.tokens)]
             if max(own) <= self._sizes.longest:
@@ -142,8 +142,8 @@ class _Preferences:
             if len(rows) == self._sizes.pairs:
                 break
         write_rows(Path(self.course.data("pairs")), rows)
-        self.course.say(f"{len(rows)} of the first {read} pairs; sequences of {min(lengths)} to {max(lengths)} tokens")
-        return {"pairs": len(rows), "read": read, "shortest": min(lengths), "longest": max(lengths)}
+        self.course.say(f"{len(rows)} of {len(found)} pairs; sequences of {min(lengths)} to {max(lengths)} tokens")
+        return {"pairs": len(rows), "of": len(found), "shortest": min(lengths), "longest": max(lengths)}
 
     def conclude(self, taken: Mapping[str, Taken]) -> Mapping[str, Any]:
         """Prints and writes what the course has come to."""

@@ -1,4 +1,4 @@
-"""`python examples/preferences/run.py`: the course; `--help` tells its options. README.md beside this file tells what to expect."""
+"""`python examples/preferences/run.py`: the course; `--help` tells its options, README.md what to expect."""
 
 import sys
 from pathlib import Path
