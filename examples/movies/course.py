@@ -23,7 +23,7 @@ from common.statistics import Ridge, pair_accuracy, rater_agreement
 from movies import data
 from movies.data import LEAD, Part, Rated
 from movies.exam import Sheet, sit, wins
-from tutelage import Model, files, pack
+from tutelage import Model, files, load_sft, pack
 from tutelage.evaluate import load_reward_model, sequence_rewards
 from tutelage.school.data import write_rows
 from tutelage.train.configs import DpoConfig, PpoConfig, RewardConfig, SftConfig
@@ -349,9 +349,10 @@ class _Movies:
         texts, means = [rated.clean for rated in held_out], [rated.mean for rated in held_out]
         model = self._reward_model()
         tokenizer = model.tokenizer
-        assert tokenizer is not None and tokenizer.eos_token_id is not None
-        lead = tokenizer.encode(LEAD)
-        batch = pack([[*lead, *tokenizer.encode(f" {text}"), tokenizer.eos_token_id] for text in texts])
+        assert tokenizer is not None
+        rows = [{"prompt": LEAD, "completion": f" {text}"} for text in texts]
+        examples = load_sft(rows, tokenizer, model.config.max_position_embeddings).examples  # as tokens just as in training
+        batch = pack([example.tokens for example in examples])
         scores = {
             "reward_model": sequence_rewards(model, batch, MICRO_BATCH_TOKENS).tolist(),
             "ridge_same_texts": _ridge(learned).predict(texts),
