@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bind/dlpack.h"
 #include "bind/generator.h"
@@ -67,60 +69,68 @@ class BoundTransformer {
  public:
   BoundTransformer(const py::dict& config, const std::string& level)
       : table_(level.empty() ? active_table() : find_table(level)), model_(read_config(config), table_) {}
+  BoundTransformer(const py::dict& config, const py::dict& adapter, const std::string& level)
+      : table_(level.empty() ? active_table() : find_table(level)),
+        model_(read_config(config), table_, choice<Head>(adapter, "base_head", {{"lm", Head::lm}, {"scalar", Head::scalar}}),
+               {adapter["rank"].cast<std::int64_t>(), adapter["scale"].cast<double>(),
+                adapter["target_modules"].cast<std::vector<std::string>>()}) {}
 
   py::list parameters() const {
     py::list all;
-    for (const Parameter& p : model_.layout().parameters)
+    for (const Parameter& p : model_.trainable())
       all.append(py::make_tuple(p.name, p.offset, py::tuple(py::cast(p.shape)), p.decay));
     return all;
   }
-  std::int64_t size() const { return model_.layout().size; }
+  std::int64_t size() const { return model_.size(); }
   std::string level() const { return table_.name; }
 
   void initialise_params(py::handle params, std::uint64_t seed, int threads) const {
     TensorArgument p(params, "params");
     p.view.require_cpu().require_dtype(DType::float32).require_shape({size()}).require_contiguous();
     py::gil_scoped_release unlocked;
-    initialise(model_.config(), model_.layout(), seed, p.data<float>(), threads);
+    initialise(model_.config(), model_.trainable(), seed, model_.adapted() ? 1 : 0, p.data<float>(), threads);
   }
 
-  std::unique_ptr<Graph> score(py::handle params, py::handle tokens, py::handle cu_seqlens, py::handle logprobs,
+  // weights: (parameters, an adapter's or None)
+  std::unique_ptr<Graph> score(const py::tuple& weights, py::handle tokens, py::handle cu_seqlens, py::handle logprobs,
                                py::handle entropy, double temperature, bool keep, bool recompute, std::int64_t logits_budget,
                                int threads) {
     if (model_.config().head != Head::lm)
       throw ArgumentError("this model has a scalar head; call values(batch), or load it with head='lm' to score tokens");
-    const TensorArgument p = flat(params, "params");
+    const WeightArguments w(*this, weights);
     const Tokens batch(tokens, cu_seqlens);
     const TensorArgument l = per_token(logprobs, "logprobs", batch), h = per_token(entropy, "entropy", batch);
     const Options options = make_options(temperature, keep, recompute, logits_budget, threads);
     py::gil_scoped_release unlocked;
-    return model_.score(batch.batch, p.data<void>(), options, l.data<void>(), h.data<void>());
+    return model_.score(batch.batch, w.weights, options, l.data<void>(), h.data<void>());
   }
 
-  std::unique_ptr<Graph> values(py::handle params, py::handle tokens, py::handle cu_seqlens, py::handle values, bool keep,
-                                bool recompute, int threads) {
+  std::unique_ptr<Graph> values(const py::tuple& weights, py::handle tokens, py::handle cu_seqlens, py::handle values,
+                                bool keep, bool recompute, int threads) {
     if (model_.config().head != Head::scalar)
       throw ArgumentError("this model has a language-model head; call score(batch), or load it with head='scalar' for values");
-    const TensorArgument p = flat(params, "params");
+    const WeightArguments w(*this, weights);
     const Tokens batch(tokens, cu_seqlens);
     const TensorArgument v = per_token(values, "values", batch);
     const Options options = make_options(1.0, keep, recompute, 0, threads);
     py::gil_scoped_release unlocked;
-    return model_.values(batch.batch, p.data<void>(), options, v.data<void>());
+    return model_.values(batch.batch, w.weights, options, v.data<void>());
   }
 
-  void backward_score(Graph& graph, py::handle params, py::handle grads, py::handle d_logprobs, py::handle d_entropy,
+  void backward_score(Graph& graph, const py::tuple& weights, py::handle grads, py::handle d_logprobs, py::handle d_entropy,
                       int threads) {
-    const TensorArgument p = flat(params, "params"), g = flat(grads, "grads");
+    const WeightArguments w(*this, weights);
+    const TensorArgument g = flat(grads, "grads");
     const TensorArgument l = gradient(d_logprobs, "d_logprobs", graph), h = gradient(d_entropy, "d_entropy", graph);
     py::gil_scoped_release unlocked;
-    model_.backward_score(graph, p.data<void>(), g.data<void>(), l.data<void>(), h.data<void>(), threads, poll_signals);
+    model_.backward_score(graph, w.weights, g.data<void>(), l.data<void>(), h.data<void>(), threads, poll_signals);
   }
-  void backward_values(Graph& graph, py::handle params, py::handle grads, py::handle d_values, int threads) {
-    const TensorArgument p = flat(params, "params"), g = flat(grads, "grads");
+  void backward_values(Graph& graph, const py::tuple& weights, py::handle grads, py::handle d_values, int threads) {
+    const WeightArguments w(*this, weights);
+    const TensorArgument g = flat(grads, "grads");
     const TensorArgument v = gradient(d_values, "d_values", graph);
     py::gil_scoped_release unlocked;
-    model_.backward_values(graph, p.data<void>(), g.data<void>(), v.data<void>(), threads, poll_signals);
+    model_.backward_values(graph, w.weights, g.data<void>(), v.data<void>(), threads, poll_signals);
   }
 
   void forget_gradients() { model_.forget_gradients(); }
@@ -135,12 +145,12 @@ class BoundTransformer {
     py::gil_scoped_release unlocked;
     return model_.pack(p.data<void>(), half, threads, poll_signals);
   }
-  std::unique_ptr<BoundGenerator> generator(py::object params, std::shared_ptr<const PackedWeights> packed,
+  std::unique_ptr<BoundGenerator> generator(py::tuple weights, std::shared_ptr<const PackedWeights> packed,
                                             const GeneratorOptions& options, std::vector<std::string> token_bytes) {
     if (model_.config().head != Head::lm)
       throw ArgumentError("this model has a scalar head; load it with head='lm' to generate tokens");
-    const TensorArgument p = flat(params, "params");
-    return std::make_unique<BoundGenerator>(model_, std::move(params), p.data<void>(), std::move(packed), options,
+    const WeightArguments w(*this, weights);
+    return std::make_unique<BoundGenerator>(model_, std::move(weights), w.weights, std::move(packed), options,
                                             std::move(token_bytes));
   }
 
@@ -157,7 +167,7 @@ class BoundTransformer {
     return result;
   }
 
-  // One AdamW step over all parameters; only those that decay get the weight decay.
+  // One AdamW step over all that learns; only those that decay get the weight decay.
   void adamw(py::handle params, py::handle grads, py::handle m, py::handle v, double lr, double beta1, double beta2, double eps,
              double weight_decay, std::int64_t step, double grad_scale, int threads) const {
     const TensorArgument p = flat(params, "params"), g = flat(grads, "grads"), mean = flat(m, "exp_avg"),
@@ -167,7 +177,7 @@ class BoundTransformer {
     a.correction1 = 1 - std::pow(beta1, static_cast<double>(step));
     a.correction2 = 1 - std::pow(beta2, static_cast<double>(step));
     py::gil_scoped_release unlocked;
-    const auto& all = model_.layout().parameters;
+    const auto& all = model_.trainable();
     for (std::size_t first = 0, last = 0; first < all.size(); first = last) {  // neighbours of one kind go together
       while (last < all.size() && all[last].decay == all[first].decay) ++last;
       const std::int64_t offset = all[first].offset * table_.activation_size;
@@ -180,6 +190,21 @@ class BoundTransformer {
   }
 
  private:
+  struct WeightArguments {
+    std::optional<TensorArgument> params, adapter;
+    Weights weights;
+    WeightArguments(const BoundTransformer& model, const py::tuple& given) {
+      const py::object own = given[1];
+      if (own.is_none() == model.model_.adapted()) throw ArgumentError("weights: a model with adapters, and no other, has two");
+      params.emplace(given[0], "params");
+      model.require(params->view, model.model_.layout().size);
+      weights.params = params->data<void>();
+      if (own.is_none()) return;
+      adapter.emplace(own, "adapter");
+      model.require(adapter->view, model.size());
+      weights.adapter = adapter->data<void>();
+    }
+  };
   struct Tokens {
     TensorArgument ids, cu_seqlens;
     Batch batch;
@@ -192,9 +217,12 @@ class BoundTransformer {
   };
 
   DType real() const { return table_.activation_size == 8 ? DType::float64 : DType::float32; }
+  void require(const TensorView& view, std::int64_t n) const {
+    view.require_cpu().require_dtype(real()).require_shape({n}).require_contiguous();
+  }
   TensorArgument flat(py::handle x, const char* name) const {
     TensorArgument t(x, name);
-    t.view.require_cpu().require_dtype(real()).require_shape({size()}).require_contiguous();
+    require(t.view, size());
     return t;
   }
   TensorArgument per_token(py::handle x, const char* name, const Tokens& batch) const {
@@ -227,22 +255,23 @@ void bind_model(py::module_& m) {
       .def_property_readonly("used", &Graph::used);
   py::class_<BoundTransformer>(m, "Transformer", "The engine: configuration and layout, but no parameters of its own.")
       .def(py::init<const py::dict&, const std::string&>(), "config"_a, "level"_a = "")
+      .def(py::init<const py::dict&, const py::dict&, const std::string&>(), "config"_a, "adapter"_a, "level"_a = "")
       .def_property_readonly("size", &BoundTransformer::size)
       .def_property_readonly("level", &BoundTransformer::level)
-      .def("parameters", &BoundTransformer::parameters, "(name, offset, shape, decay) of every parameter.")
+      .def("parameters", &BoundTransformer::parameters, "(name, offset, shape, decay) of every parameter that learns.")
       .def("initialise", &BoundTransformer::initialise_params, "params"_a, "seed"_a, "threads"_a)
-      .def("score", &BoundTransformer::score, "params"_a, "tokens"_a, "cu_seqlens"_a, "logprobs"_a, "entropy"_a,
+      .def("score", &BoundTransformer::score, "weights"_a, "tokens"_a, "cu_seqlens"_a, "logprobs"_a, "entropy"_a,
            "temperature"_a, "keep"_a, "recompute"_a, "logits_budget"_a, "threads"_a)
-      .def("values", &BoundTransformer::values, "params"_a, "tokens"_a, "cu_seqlens"_a, "values"_a, "keep"_a, "recompute"_a,
+      .def("values", &BoundTransformer::values, "weights"_a, "tokens"_a, "cu_seqlens"_a, "values"_a, "keep"_a, "recompute"_a,
            "threads"_a)
-      .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "params"_a, "grads"_a, "d_logprobs"_a, "d_entropy"_a,
-           "threads"_a)
-      .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "params"_a, "grads"_a, "d_values"_a, "threads"_a)
+      .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "weights"_a, "grads"_a, "d_logprobs"_a,
+           "d_entropy"_a, "threads"_a)
+      .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "weights"_a, "grads"_a, "d_values"_a, "threads"_a)
       .def("forget_gradients", &BoundTransformer::forget_gradients)
       .def("finish_gradients", &BoundTransformer::finish_gradients, "grads"_a, "threads"_a)
       .def("pack", &BoundTransformer::pack, "params"_a, "half"_a, "threads"_a,
            "Every matrix in the order in which generation streams it.")
-      .def("generator", &BoundTransformer::generator, "params"_a, "packed"_a, "options"_a, "token_bytes"_a,
+      .def("generator", &BoundTransformer::generator, "weights"_a, "packed"_a, "options"_a, "token_bytes"_a,
            py::keep_alive<0, 1>())
       .def("activation_bytes", &BoundTransformer::activation_bytes, "tokens"_a, "sequences"_a, "keep"_a, "recompute"_a,
            "logits_budget"_a)

@@ -13,7 +13,7 @@
 namespace tutelage {
 
 struct Parameter {
-  enum class Init : std::uint8_t { normal, residual, ones, zeros, scalar_head };
+  enum class Init : std::uint8_t { normal, residual, ones, zeros, scalar_head, uniform };
   std::string name;
   std::vector<std::int64_t> shape;
   std::int64_t offset = 0, size = 0;

@@ -37,12 +37,20 @@ void four_normals(std::uint64_t seed, PhiloxCounter counter, double* out) {
   }
 }
 
-double deviation(const Config& config, Parameter::Init init) {
-  switch (init) {
+// Four numbers that are uniform in (-1, 1).
+void four_uniforms(std::uint64_t seed, PhiloxCounter counter, double* out) {
+  const PhiloxCounter bits = philox4x32(seed, counter);
+  for (std::size_t i = 0; i < 4; ++i) out[i] = (bits[i] + 0.5) * 0x1p-31 - 1;
+}
+
+double deviation(const Config& config, const Parameter& parameter) {
+  switch (parameter.init) {
     case Parameter::Init::residual:
       return 0.02 / std::sqrt(2.0 * static_cast<double>(config.num_hidden_layers));
     case Parameter::Init::scalar_head:
       return 1 / std::sqrt(static_cast<double>(config.hidden_size) + 1);
+    case Parameter::Init::uniform:
+      return 1 / std::sqrt(static_cast<double>(parameter.shape.back()));
     default:
       return 0.02;
   }
@@ -73,24 +81,24 @@ RopeTables rope_tables(const Config& config, std::int64_t positions, int threads
   return tables;
 }
 
-void initialise(const Config& config, const Layout& layout, std::uint64_t seed, float* params, int threads) {
-  for (std::size_t index = 0; index < layout.parameters.size(); ++index) {
-    const Parameter& parameter = layout.parameters[index];
+void initialise(const Config& config, const std::vector<Parameter>& parameters, std::uint64_t seed, std::uint32_t stream,
+                float* params, int threads) {
+  for (std::size_t index = 0; index < parameters.size(); ++index) {
+    const Parameter& parameter = parameters[index];
     float* to = params + parameter.offset;
     if (parameter.init == Parameter::Init::ones || parameter.init == Parameter::Init::zeros) {
       std::fill_n(to, parameter.size, parameter.init == Parameter::Init::ones ? 1.0f : 0.0f);
       continue;
     }
-    const double scale = deviation(config, parameter.init);
+    const double scale = deviation(config, parameter);
     parallel_for(threads, (parameter.size + 3) / 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t block = begin; block < end; ++block) {
-        double normals[4];
-        four_normals(
-            seed,
-            {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), static_cast<std::uint32_t>(index), 0},
-            normals);
+        double draws[4];
+        const PhiloxCounter counter{static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32),
+                                    static_cast<std::uint32_t>(index), stream};
+        (parameter.init == Parameter::Init::uniform ? four_uniforms : four_normals)(seed, counter, draws);
         for (std::int64_t i = 0; i < 4 && block * 4 + i < parameter.size; ++i)
-          to[block * 4 + i] = static_cast<float>(normals[i] * scale);
+          to[block * 4 + i] = static_cast<float>(draws[i] * scale);
       }
     });
   }

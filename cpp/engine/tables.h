@@ -17,7 +17,9 @@ struct RopeTables {  // [positions, head_dim / 2]
 RopeTables rope_tables(const Config& config, std::int64_t positions, int threads);
 
 // GPT-2's initialisation: matrices N(0, 0.02), those that write to the residual stream / sqrt(2 layers), norms 1, biases 0, the
-// scalar head N(0, 1 / sqrt(hidden + 1)). Philox key: the seed; counter: (element / 4, parameter index). Element type float32.
-void initialise(const Config& config, const Layout& layout, std::uint64_t seed, float* params, int threads);
+// scalar head N(0, 1 / sqrt(hidden + 1)); an adapter's A uniform within 1 / sqrt(in), as PEFT's. Philox key: the seed; counter:
+// (element / 4, parameter index, stream): 0 for a model, 1 for an adapter. Element type float32.
+void initialise(const Config& config, const std::vector<Parameter>& parameters, std::uint64_t seed, std::uint32_t stream,
+                float* params, int threads);
 
 }  // namespace tutelage

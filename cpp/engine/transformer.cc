@@ -14,13 +14,27 @@ namespace tutelage {
 
 // The gradients that flow down while a backward runs.
 struct Transformer::Stack {
-  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk;
+  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk, *d_t;
 };
 
+namespace {
+Config with_head(Config config, Head head) {
+  config.head = head;
+  return config;
+}
+}  // namespace
+
 Transformer::Transformer(const Config& config, const KernelTable& table)
-    : config_(config), layout_(config), table_(table), owed_zero_(layout_.parameters.size(), false) {
+    : config_(config), layout_(config), table_(table), owed_zero_(trainable().size(), false) {
   if (layout_.tied) slot_of_.assign(static_cast<std::size_t>(config.vocab_size), -1);
 }
+
+Transformer::Transformer(const Config& config, const KernelTable& table, Head base_head, const AdapterOptions& adapters)
+    : config_(config),
+      layout_(with_head(config, base_head)),
+      table_(table),
+      adapters_(std::in_place, config, layout_, adapters),
+      owed_zero_(trainable().size(), false) {}
 
 // ---- forward
 
@@ -90,6 +104,7 @@ void Transformer::lay_out(Graph& g, Plan& plan) const {
   }
   g.scratch_norm_ = plan.take(n * d);
   g.scratch_mlp_ = plan.take(n * config_.intermediate_size);
+  g.scratch_t_ = adapters_ ? plan.take(n * adapters_->widest()) : nullptr;
 }
 
 std::int64_t Transformer::activation_bytes(std::int64_t tokens, std::int64_t sequences, const Options& options) const {
@@ -125,7 +140,8 @@ void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bia
   }
 }
 
-// y = x W^T + bias, with whatever else `fused` asks for (c, c_row, residual, activation ...).
+// y = x W^T + bias, with whatever else `fused` asks for (c, residual, activation ...); c has no gaps between its rows. An
+// adapter writes its share first, and the product goes on from there.
 void Transformer::linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in,
                          std::int64_t out, const void* x, std::int64_t x_row, Matmul fused, int threads) const {
   const std::int64_t e = table_.activation_size;
@@ -135,6 +151,11 @@ void Transformer::linear(const Graph& g, const void* params, std::int64_t weight
   fused.b_row = layout_.transposed ? out : 1, fused.b_col = layout_.transposed ? 1 : in;
   if (g.packed_ != nullptr) fused.packed = g.packed_->at(weight), fused.packed_half = g.packed_->half();
   fused.bias = bias == kAbsent ? nullptr : at(params, bias, e);
+  if (const Adapters::Group* adapter = group(weight)) {
+    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, g.scratch_t_, threads);
+    adapters_->begin_output(table_, *adapter, g.adapter_, g.tokens_, g.scratch_t_, fused.c, threads);
+    fused.accumulate = true;
+  }
   table_.matmul(fused, threads);
 }
 
@@ -255,11 +276,12 @@ std::shared_ptr<const RotaryCache> Transformer::rotary(std::int64_t longest, int
   return rotary_;
 }
 
-std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* params, const Options& options) {
+std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& weights, const Options& options) {
   check(batch);
   auto graph = std::make_unique<Graph>();
   Graph& g = *graph;
   g.tokens_ = batch.tokens, g.sequences_ = batch.sequences, g.rows_ = batch.tokens - batch.sequences, g.options_ = options;
+  g.adapter_ = weights.adapter;
   g.ids_.assign(batch.ids, batch.ids + batch.tokens);
   g.cu_seqlens_.assign(batch.cu_seqlens, batch.cu_seqlens + batch.sequences + 1);
   g.positions_.reserve(g.ids_.size());
@@ -276,7 +298,7 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const void* para
     }
   }
   if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
-  run_blocks(g, params, options);
+  run_blocks(g, weights.params, options);
   return graph;
 }
 
@@ -303,9 +325,10 @@ void Transformer::run_blocks(Graph& g, const void* params, const Options& option
   if (options.poll != nullptr) options.poll();
 }
 
-std::unique_ptr<Graph> Transformer::score(const Batch& batch, const void* params, const Options& options, void* logprobs,
+std::unique_ptr<Graph> Transformer::score(const Batch& batch, const Weights& weights, const Options& options, void* logprobs,
                                           void* entropy) {
-  std::unique_ptr<Graph> graph = forward(batch, params, options);
+  std::unique_ptr<Graph> graph = forward(batch, weights, options);
+  const void* params = weights.params;
   Graph& g = *graph;
   const std::int64_t e = table_.activation_size;
   table_.zero(logprobs, static_cast<std::size_t>(g.tokens_ * e));
@@ -325,17 +348,24 @@ std::unique_ptr<Graph> Transformer::score(const Batch& batch, const void* params
   return graph;
 }
 
-std::unique_ptr<Graph> Transformer::values(const Batch& batch, const void* params, const Options& options, void* values) {
-  std::unique_ptr<Graph> graph = forward(batch, params, options);
+std::unique_ptr<Graph> Transformer::values(const Batch& batch, const Weights& weights, const Options& options, void* values) {
+  std::unique_ptr<Graph> graph = forward(batch, weights, options);
+  const void* params = weights.params;
   Graph& g = *graph;
   norm(params, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, g.tokens_, g.hidden_, g.mean_, g.rstd_, options.threads);
-  Matmul head;
-  head.m = g.tokens_, head.n = 1, head.k = config_.hidden_size;
-  head.a = g.hidden_, head.a_row = config_.hidden_size;
-  head.b = at(params, layout_.head, table_.activation_size), head.b_row = 1, head.b_col = config_.hidden_size;
-  head.c = values, head.c_row = 1;
-  table_.matmul(head, options.threads);
+  Matmul product;
+  product.m = g.tokens_, product.n = 1, product.k = config_.hidden_size;
+  product.a = g.hidden_, product.a_row = config_.hidden_size;
+  product.b = head(g, params), product.b_row = 1, product.b_col = config_.hidden_size;
+  product.c = values, product.c_row = 1;
+  table_.matmul(product, options.threads);
   return options.keep ? std::move(graph) : nullptr;
+}
+
+// The scalar head of a model with adapters is beside them.
+const void* Transformer::head(const Graph& g, const void* params) const {
+  const bool own = adapters_ && adapters_->head() != kAbsent;
+  return own ? at(g.adapter_, adapters_->head(), table_.activation_size) : at(params, layout_.head, table_.activation_size);
 }
 
 // ---- generation
@@ -354,9 +384,11 @@ std::shared_ptr<const PackedWeights> Transformer::pack(const void* params, bool 
   return std::make_shared<const PackedWeights>(table_, matrices, params, half, threads, poll);
 }
 
-void Transformer::generate_step(const GenerationRows& rows, const void* params, const PackedWeights& packed, int threads,
+void Transformer::generate_step(const GenerationRows& rows, const Weights& weights, const PackedWeights& packed, int threads,
                                 void (*poll)(), Draws& draws) {
+  const void* params = weights.params;
   Graph g;
+  g.adapter_ = weights.adapter;
   g.tokens_ = static_cast<std::int64_t>(rows.ids.size());
   g.sequences_ = static_cast<std::int64_t>(rows.blocks.size());
   g.rows_ = static_cast<std::int64_t>(rows.sources.size());
@@ -411,7 +443,7 @@ void Transformer::require_whole_gradients() const {
 // Before the parameters at `offset` (several named ones, where the engine sees one matrix) receive a gradient: true when their
 // stretch still counts as zero and the kernel overwrites it; else the zeros are written here.
 bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
-  const auto& parameters = layout_.parameters;
+  const auto& parameters = trainable();
   const auto found = std::lower_bound(parameters.begin(), parameters.end(), offset,
                                       [](const Parameter& p, std::int64_t o) { return p.offset < o; });
   const auto index = static_cast<std::size_t>(found - parameters.begin());
@@ -425,7 +457,7 @@ bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
 
 void Transformer::finish_gradients(void* grads, int threads) {
   require_whole_gradients();
-  for (const Parameter& parameter : layout_.parameters) settle(grads, parameter.offset, false);
+  for (const Parameter& parameter : trainable()) settle(grads, parameter.offset, false);
   if (slot_ids_.empty()) return;
   const std::int64_t e = table_.activation_size;
   table_.embedding_backward({static_cast<std::int64_t>(slot_ids_.size()), config_.hidden_size, slot_ids_.data(), lookup_.data(),
@@ -444,6 +476,7 @@ Transformer::Stack Transformer::lay_out_stack(const Graph& g, Plan& plan) const 
   s.dx = plan.take(n * c.hidden_size), s.d_norm = plan.take(n * c.hidden_size);
   s.d_pre = plan.take(n * c.pre_width()), s.d_o = plan.take(n * c.query_width()), s.d_qkv = plan.take(n * c.qkv_width());
   s.d_qk = c.qk_norm ? plan.take(n * (c.query_width() + c.key_width())) : nullptr;
+  s.d_t = adapters_ ? plan.take(n * adapters_->widest()) : nullptr;
   s.normed = g.scratch_norm_, s.activated = g.scratch_mlp_;
   return s;
 }
@@ -452,27 +485,37 @@ void Transformer::norm_backward(const void* params, void* grads, std::int64_t we
                                 const std::int32_t* gather, std::int64_t rows, const void* mean, const void* rstd,
                                 const void* dy, void* dx, bool accumulate, int threads) {
   const std::int64_t d = config_.hidden_size, e = table_.activation_size;
-  settle(grads, weight, false);
+  const bool frozen = adapters_.has_value();
+  if (!frozen) settle(grads, weight, false);
   if (config_.norm == Norm::rmsnorm) {
     RmsNormBackward n;
     n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e), n.rstd = rstd;
-    n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate, n.dweight = at(grads, weight, e);
+    n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
+    n.dweight = frozen ? nullptr : at(grads, weight, e);
     table_.rms_norm_backward(n, threads);
   } else {
-    settle(grads, bias, false);
+    if (!frozen) settle(grads, bias, false);
     LayerNormBackward n;
     n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e);
     n.mean = mean, n.rstd = rstd, n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
-    n.dweight = at(grads, weight, e), n.dbias = at(grads, bias, e);
+    n.dweight = frozen ? nullptr : at(grads, weight, e), n.dbias = frozen ? nullptr : at(grads, bias, e);
     table_.layer_norm_backward(n, threads);
   }
 }
 
 // dW += dy^T x and dbias += column sums of dy. The engine's one matrix may be several named parameters: all their stretches are
-// settled together, because one product writes them all.
+// settled together, because one product writes them all. Of a frozen matrix: the gradients of its adapter, whose d_t is known.
 void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
-                                  std::int64_t out, const void* x, const void* dy, int threads) {
+                                  std::int64_t out, const void* x, const void* dy, const Stack& s, int threads) {
   const std::int64_t e = table_.activation_size;
+  if (adapters_) {
+    const Adapters::Group* adapter = adapters_->of(weight);
+    if (adapter == nullptr) return;
+    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, g.scratch_t_, threads);
+    auto fresh_at = [&](std::int64_t offset) { return settle(grads, offset, true); };
+    adapters_->gradients(table_, *adapter, grads, g.tokens_, x, g.scratch_t_, dy, s.d_t, fresh_at, threads);
+    return;
+  }
   bool fresh = false;
   const auto& parameters = layout_.parameters;
   for (std::size_t i = 0; i < parameters.size(); ++i)
@@ -492,9 +535,15 @@ void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weig
 }
 
 void Transformer::linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias,
-                                  std::int64_t in, std::int64_t out, const void* x, const void* dy, void* dx, int threads) {
-  weight_gradient(g, grads, weight, bias, in, out, x, dy, threads);
-  Matmul back;  // dx = dy W
+                                  std::int64_t in, std::int64_t out, const void* x, const void* dy, void* dx, const Stack& s,
+                                  int threads) {
+  const Adapters::Group* adapter = group(weight);
+  if (adapter != nullptr) adapters_->project_back(table_, *adapter, g.adapter_, g.tokens_, dy, s.d_t, threads);
+  weight_gradient(g, grads, weight, bias, in, out, x, dy, s, threads);
+  if (dx == nullptr) return;
+  Matmul back;  // dx = dy W, or goes on from what came through the adapter
+  if (adapter != nullptr) adapters_->begin_input(table_, *adapter, g.adapter_, g.tokens_, s.d_t, dx, threads);
+  back.accumulate = adapter != nullptr;
   back.m = g.tokens_, back.n = in, back.k = out;
   back.a = dy, back.a_row = out, back.a_col = 1;
   back.b = at(params, weight, table_.activation_size);
@@ -503,13 +552,14 @@ void Transformer::linear_backward(const Graph& g, const void* params, void* grad
   table_.matmul(back, threads);
 }
 
-// s.dx holds d loss / d (the block's output) and leaves with d loss / d (its input).
+// s.dx holds d loss / d (the block's output) and leaves with d loss / d (its input), where anything below learns.
 void Transformer::backward_block(const Graph& g, std::size_t index, const void* params, void* grads, const BlockActivations& a,
                                  const Stack& s, int threads) {
   const Config& c = config_;
   const LayerOffsets& w = layout_.layers[index];
   const std::int64_t e = table_.activation_size, n = g.tokens_, d = c.hidden_size, f = c.intermediate_size;
   const std::int64_t qkv = c.qkv_width(), q = c.query_width(), kv = c.key_width();
+  const bool lowest = adapters_ && index == 0, below_out = !lowest || learns(w.qkv), below_up = below_out || learns(w.out);
 
   // MLP. d(activated) becomes d(pre) in the product's own finish, which makes the activated values again on the way.
   Matmul through_down;
@@ -521,14 +571,22 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   through_down.activation = backward_activation(c.mlp);
   through_down.activated = s.activated, through_down.activated_row = f;
   through_down.pre = a.pre, through_down.pre_row = c.pre_width();
+  if (const Adapters::Group* adapter = group(w.down)) {
+    adapters_->project_back(table_, *adapter, g.adapter_, n, s.dx, s.d_t, threads);
+    adapters_->begin_input(table_, *adapter, g.adapter_, n, s.d_t, s.activated, threads);
+    through_down.residual = s.activated, through_down.residual_row = f;
+  }
   table_.matmul(through_down, threads);
-  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, threads);
-  norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, n, s.normed, a.mean2, a.rstd2, threads);
-  linear_backward(g, params, grads, w.up, w.up_bias, d, c.pre_width(), s.normed, s.d_pre, s.d_norm, threads);
+  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, s, threads);
+  if (learns(w.up)) norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, n, s.normed, a.mean2, a.rstd2, threads);
+  linear_backward(g, params, grads, w.up, w.up_bias, d, c.pre_width(), s.normed, s.d_pre, below_up ? s.d_norm : nullptr, s,
+                  threads);
+  if (!below_up) return;
   norm_backward(params, grads, w.norm2, w.norm2_bias, a.x1, nullptr, n, a.mean2, a.rstd2, s.d_norm, s.dx, true, threads);
 
   // attention
-  linear_backward(g, params, grads, w.out, w.out_bias, q, d, a.o, s.dx, s.d_o, threads);
+  linear_backward(g, params, grads, w.out, w.out_bias, q, d, a.o, s.dx, below_out ? s.d_o : nullptr, s, threads);
+  if (!below_out) return;
   AttentionBackward attention;
   attention.shape = attention_shape(g);
   const void* queries = c.qk_norm ? a.qk : a.qkv;
@@ -549,18 +607,21 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   if (c.qk_norm) {
     RmsNormBackward b;
     b.tokens = n, b.d = c.head_dim, b.x_row = qkv, b.dy_row = qk_row, b.dx_row = qkv;
-    settle(grads, w.q_norm, false);
+    const bool frozen = adapters_.has_value();
+    if (!frozen) settle(grads, w.q_norm, false);
     b.groups = c.num_attention_heads, b.x = a.qkv, b.weight = at(params, w.q_norm, e), b.rstd = a.qk_rstd;
-    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = at(grads, w.q_norm, e);
+    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = frozen ? nullptr : at(grads, w.q_norm, e);
     table_.rms_norm_backward(b, threads);
-    settle(grads, w.k_norm, false);
+    if (!frozen) settle(grads, w.k_norm, false);
     b.groups = c.num_key_value_heads, b.x = at(static_cast<const void*>(a.qkv), q, e), b.weight = at(params, w.k_norm, e);
     b.rstd = at(static_cast<const void*>(a.qk_rstd), n * c.num_attention_heads, e);
-    b.dy = at(static_cast<const void*>(s.d_qk), q, e), b.dx = at(s.d_qkv, q, e), b.dweight = at(grads, w.k_norm, e);
+    b.dy = at(static_cast<const void*>(s.d_qk), q, e), b.dx = at(s.d_qkv, q, e);
+    b.dweight = frozen ? nullptr : at(grads, w.k_norm, e);
     table_.rms_norm_backward(b, threads);
   }
-  norm(params, w.norm1, w.norm1_bias, a.x, nullptr, n, s.normed, a.mean1, a.rstd1, threads);
-  linear_backward(g, params, grads, w.qkv, w.qkv_bias, d, qkv, s.normed, s.d_qkv, s.d_norm, threads);
+  if (learns(w.qkv)) norm(params, w.norm1, w.norm1_bias, a.x, nullptr, n, s.normed, a.mean1, a.rstd1, threads);
+  linear_backward(g, params, grads, w.qkv, w.qkv_bias, d, qkv, s.normed, s.d_qkv, lowest ? nullptr : s.d_norm, s, threads);
+  if (lowest) return;
   norm_backward(params, grads, w.norm1, w.norm1_bias, a.x, nullptr, n, a.mean1, a.rstd1, s.d_norm, s.dx, true, threads);
 }
 
@@ -570,6 +631,7 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
     if (g.options_.recompute) forward_block(g, i, params, g.blocks_[i], nullptr, threads);
     backward_block(g, i, params, grads, g.blocks_[i], s, threads);
   }
+  if (adapters_) return;  // the embedding does not learn
   const std::int64_t e = table_.activation_size, d = config_.hidden_size;
   if (config_.learned_positions) {
     settle(grads, layout_.positions, false);
@@ -602,10 +664,12 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
   table_.embedding_backward({g.tokens_, d, slots.data(), s.dx, lookup_.data()}, threads);
 }
 
-void Transformer::backward_score(Graph& g, const void* params, void* grads, const void* d_logprobs, const void* d_entropy,
+void Transformer::backward_score(Graph& g, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
                                  int threads, void (*poll)()) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; score the batch again for another one");
   require_whole_gradients();
+  const void* params = weights.params;
+  g.adapter_ = weights.adapter;
   if (g.rows_ == 0) {  // only first tokens: nothing was predicted, so nothing has a gradient
     g.used_ = true;
     g.memory_.reset();
@@ -620,7 +684,7 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   const Stack s = lay_out_stack(g, plan);
 
   g.used_ = partial_ = true;  // from here on the kept logits are overwritten and grads written
-  const bool fresh = settle(grads, layout_.head, true);
+  const bool fresh = !adapters_ && settle(grads, layout_.head, true);
   LinearLogprobBackward head;
   head.rows = g.rows_, head.hidden = d, head.vocab = c.vocab_size;
   head.x = g.hidden_, head.weight = at(params, layout_.head, e), head.targets = g.targets_.data();
@@ -630,7 +694,7 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   constexpr std::int64_t most = std::int64_t{96} << 20;
   head.z = g.z_, head.block_rows = std::max<std::int64_t>(1, std::min(g.options_.logits_budget, most) / e / c.vocab_size);
   head.entropy = g.entropy_, head.lse = g.lse_, head.d_logprob = d_logprobs, head.d_entropy = d_entropy;
-  head.dx = s.d_norm, head.dweight = at(grads, layout_.head, e), head.accumulate = !fresh;
+  head.dx = s.d_norm, head.dweight = adapters_ ? nullptr : at(grads, layout_.head, e), head.accumulate = !fresh;
   table_.linear_logprob_backward(head, threads);
   table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // the last token of a sequence predicts nothing
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,
@@ -640,10 +704,12 @@ void Transformer::backward_score(Graph& g, const void* params, void* grads, cons
   g.memory_.reset();
 }
 
-void Transformer::backward_values(Graph& g, const void* params, void* grads, const void* d_values, int threads,
+void Transformer::backward_values(Graph& g, const Weights& weights, void* grads, const void* d_values, int threads,
                                   void (*poll)()) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; compute the values again for another one");
   require_whole_gradients();
+  const void* params = weights.params;
+  g.adapter_ = weights.adapter;
   const std::int64_t e = table_.activation_size, n = g.tokens_, d = config_.hidden_size;
   Plan counting{e};
   lay_out_stack(g, counting);
@@ -652,13 +718,14 @@ void Transformer::backward_values(Graph& g, const void* params, void* grads, con
   const Stack s = lay_out_stack(g, plan);
   g.used_ = partial_ = true;
   Matmul dw;  // dweight [1, d] += dvalues^T hidden
-  dw.accumulate = !settle(grads, layout_.head, true);
+  const std::int64_t head_at = adapters_ ? adapters_->head() : layout_.head;
+  dw.accumulate = !settle(grads, head_at, true);
   dw.m = 1, dw.n = d, dw.k = n, dw.a = d_values, dw.a_row = 1, dw.a_col = 1, dw.b = g.hidden_, dw.b_row = d, dw.b_col = 1;
-  dw.c = at(grads, layout_.head, e), dw.c_row = d;
+  dw.c = at(grads, head_at, e), dw.c_row = d;
   table_.matmul(dw, threads);
   Matmul back;  // dhidden [n, d] = dvalues weight
   back.m = n, back.n = d, back.k = 1, back.a = d_values, back.a_row = 1, back.a_col = 1;
-  back.b = at(params, layout_.head, e), back.b_row = d, back.b_col = 1, back.c = s.d_norm, back.c_row = d;
+  back.b = head(g, params), back.b_row = d, back.b_col = 1, back.c = s.d_norm, back.c_row = d;
   table_.matmul(back, threads);
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, n, g.mean_, g.rstd_, s.d_norm, s.dx, false,
                 threads);

@@ -4,6 +4,9 @@
 //   lm      log-prob and entropy of every token but each sequence's first, from the hidden state before it
 //   scalar  a value after every token
 //
+// With adapters (engine/adapters.h) these are what learns: the parameters stay, and only the hidden states' gradients pass
+// them.
+//
 // Parameters and gradients are the caller's flat buffers. A Graph is what one forward keeps for its backward; several may be
 // alive.
 // For rollouts the same blocks run over the rows that are due (generate_step): the attention reads a cache, the products read
@@ -14,15 +17,17 @@
 // embedding is used twice, so it has two chains: the look-up's is kept apart, for the rows that occur, until
 // finish_gradients().
 //
-// Test: tests/python/test_model.py, test_promises.py, test_memory.py.   Benchmark: bench/train.py.
+// Test: tests/python/test_model.py, test_promises.py, test_lora.py, test_memory.py.   Benchmark: bench/train.py.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
+#include "engine/adapters.h"
 #include "engine/buffer.h"
 #include "engine/config.h"
 #include "engine/kv_cache.h"
@@ -37,6 +42,11 @@ namespace tutelage {
 struct Batch {
   std::int64_t tokens = 0, sequences = 0;
   const std::int32_t *ids = nullptr, *cu_seqlens = nullptr;
+};
+
+// What a model computes with: its parameters, and an adapter's beside them where the model has one.
+struct Weights {
+  const void *params = nullptr, *adapter = nullptr;
 };
 
 struct Options {
@@ -87,37 +97,45 @@ class Graph {
   Options options_;
   Buffer memory_;
   std::shared_ptr<const RotaryCache> rotary_;
+  const void* adapter_ = nullptr;
   const PackedWeights* packed_ = nullptr;     // generation only: weights in streaming order ...
   const GenerationRows* rows_due_ = nullptr;  // ... and the cache that the attention reads
   std::vector<BlockActivations> blocks_;
   void *x_out_ = nullptr, *mean_ = nullptr, *rstd_ = nullptr, *hidden_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
-  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr;
+  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr, *scratch_t_ = nullptr;
   bool used_ = false;
 };
 
 class Transformer {
  public:
   Transformer(const Config& config, const KernelTable& table);
+  // With adapters beside the parameters of a model with `base_head`.
+  Transformer(const Config& config, const KernelTable& table, Head base_head, const AdapterOptions& adapters);
 
   const Config& config() const { return config_; }
-  const Layout& layout() const { return layout_; }
+  const Layout& layout() const { return layout_; }  // of Weights::params
+  // What learns, in a flat buffer of `size` elements: the parameters themselves, or the adapters.
+  const std::vector<Parameter>& trainable() const { return adapters_ ? adapters_->parameters() : layout_.parameters; }
+  std::int64_t size() const { return adapters_ ? adapters_->size() : layout_.size; }
+  bool adapted() const { return adapters_.has_value(); }
   const KernelTable& table() const { return table_; }
 
   // lm head. logprobs, entropy [tokens]: zero at each sequence's first token. Null when nothing was kept.
-  std::unique_ptr<Graph> score(const Batch& batch, const void* params, const Options& options, void* logprobs, void* entropy);
+  std::unique_ptr<Graph> score(const Batch& batch, const Weights& weights, const Options& options, void* logprobs,
+                               void* entropy);
   // scalar head. values [tokens].
-  std::unique_ptr<Graph> values(const Batch& batch, const void* params, const Options& options, void* values);
+  std::unique_ptr<Graph> values(const Batch& batch, const Weights& weights, const Options& options, void* values);
 
   // Every matrix in streaming order, for generate_step. With half: as bfloat16, exact where params were rounded to it.
   std::shared_ptr<const PackedWeights> pack(const void* params, bool half, int threads, void (*poll)()) const;
   // lm head. Runs the rows through all blocks, appends their keys and values to the cache and draws.
-  void generate_step(const GenerationRows& rows, const void* params, const PackedWeights& packed, int threads, void (*poll)(),
-                     Draws& draws);
+  void generate_step(const GenerationRows& rows, const Weights& weights, const PackedWeights& packed, int threads,
+                     void (*poll)(), Draws& draws);
 
-  // Adds d loss / d params to grads. Once a graph; the parameters must be those of the forward.
-  void backward_score(Graph& graph, const void* params, void* grads, const void* d_logprobs, const void* d_entropy, int threads,
-                      void (*poll)());
-  void backward_values(Graph& graph, const void* params, void* grads, const void* d_values, int threads, void (*poll)());
+  // Adds d loss / d (what learns) to grads. Once a graph; the weights must be those of the forward.
+  void backward_score(Graph& graph, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
+                      int threads, void (*poll)());
+  void backward_values(Graph& graph, const Weights& weights, void* grads, const void* d_values, int threads, void (*poll)());
 
   // Gradients count as zero from here on; the buffer itself is written when the first gradient arrives, or by finish_gradients.
   void forget_gradients();
@@ -132,7 +150,7 @@ class Transformer {
   struct Stack;
   void check(const Batch& batch) const;
   void lay_out(Graph& graph, Plan& plan) const;
-  std::unique_ptr<Graph> forward(const Batch& batch, const void* params, const Options& options);
+  std::unique_ptr<Graph> forward(const Batch& batch, const Weights& weights, const Options& options);
   void run_blocks(Graph& graph, const void* params, const Options& options);
   CachedAttention cached(const Graph& g, std::size_t index) const;
   void attend(const Graph& g, std::size_t index, const void* queries, std::int64_t qk_row, const BlockActivations& a,
@@ -152,16 +170,20 @@ class Transformer {
   void linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
               const void* x, std::int64_t x_row, Matmul fused, int threads) const;
   AttentionShape attention_shape(const Graph& g) const;
+  const void* head(const Graph& g, const void* params) const;
+  const Adapters::Group* group(std::int64_t weight) const { return adapters_ ? adapters_->of(weight) : nullptr; }
+  bool learns(std::int64_t weight) const { return !adapters_ || adapters_->of(weight) != nullptr; }
   void linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
-                       std::int64_t out, const void* x, const void* dy, void* dx, int threads);
+                       std::int64_t out, const void* x, const void* dy, void* dx, const Stack& s, int threads);
   void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
-                       const void* x, const void* dy, int threads);
+                       const void* x, const void* dy, const Stack& s, int threads);
   bool settle(void* grads, std::int64_t offset, bool overwritten);
   void require_whole_gradients() const;
 
   const Config config_;
   const Layout layout_;
   const KernelTable& table_;
+  const std::optional<Adapters> adapters_;
   std::mutex rotary_mutex_;
   std::shared_ptr<const RotaryCache> rotary_;
   std::vector<bool> owed_zero_;                   // by parameter: its stretch of grads counts as zero but was not written

@@ -4,12 +4,14 @@
 //          b[p * b_row + j * b_col]; of each pair of strides one is 1, so x W^T, dy W and dy^T x are the same operation.
 //          C is row-major with pitch c_row.
 // Formula  c_ij = start_ij + sum_p a_ip b_pj, start = c_ij (accumulate) or 0; then, for the finished sum:
+//            scale      c *= scale; without bias, residual and activation
 //            bias       c += bias_j
 //            residual   c += residual_ij, after the bias; residual is not c
 //            gelu*      activated = gelu(c), c kept
 //            swiglu     n = 2f; c = [gate | up]; activated_ij = silu(gate_ij) up_ij, [m, f]
 //            *_backward the sum is d(activated), not stored; `pre` holds what the forward kept; c = d(pre) and
-//                       activated is computed again for the weight gradient (c [m, 2f] for swiglu, n = f)
+//                       activated is computed again for the weight gradient (c [m, 2f] for swiglu, n = f); a residual is
+//                       added to the sum first, and may lie where activated will
 // Order    ONE chain of fused multiply-adds over ascending p for every element, whatever the tile, the block, the number
 //          of threads or the ISA. Rows of C depend on their own row of A only. No element is split between threads.
 // Work     2 m n k flops; reads A and B once into packed panels of cache size, C once per block of k.
@@ -32,7 +34,8 @@ struct Matmul {
   std::int64_t b_row = 1, b_col = 0;
   void* c = nullptr;
   std::int64_t c_row = 0;
-  bool accumulate = false;
+  bool accumulate = false;  // not with the backward activations, whose sum is not stored
+  double scale = 1;
   const void* bias = nullptr;      // [n]
   const void* residual = nullptr;  // [m, n], pitch residual_row
   std::int64_t residual_row = 0;

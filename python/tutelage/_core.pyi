@@ -1,6 +1,6 @@
 """tutelage's compiled core: cpp/bind. Tensors are lent to it through DLPack, never copied."""
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
 from torch import Tensor
 
@@ -64,7 +64,10 @@ class Generator:
     def steps(self) -> int: ...
 
 class Transformer:
+    @overload
     def __init__(self, config: dict[str, Any], level: str = "") -> None: ...
+    @overload
+    def __init__(self, config: dict[str, Any], adapter: dict[str, Any], level: str = "") -> None: ...
     @property
     def size(self) -> int: ...
     @property
@@ -73,7 +76,7 @@ class Transformer:
     def initialise(self, params: Tensor, seed: int, threads: int) -> None: ...
     def score(
         self,
-        params: Tensor,
+        weights: tuple[Tensor, Tensor | None],
         tokens: Tensor,
         cu_seqlens: Tensor,
         logprobs: Tensor,
@@ -86,7 +89,7 @@ class Transformer:
     ) -> Graph | None: ...
     def values(
         self,
-        params: Tensor,
+        weights: tuple[Tensor, Tensor | None],
         tokens: Tensor,
         cu_seqlens: Tensor,
         values: Tensor,
@@ -95,14 +98,26 @@ class Transformer:
         threads: int,
     ) -> Graph | None: ...
     def backward_score(
-        self, graph: Graph, params: Tensor, grads: Tensor, d_logprobs: Tensor, d_entropy: Tensor, threads: int
+        self,
+        graph: Graph,
+        weights: tuple[Tensor, Tensor | None],
+        grads: Tensor,
+        d_logprobs: Tensor,
+        d_entropy: Tensor,
+        threads: int,
     ) -> None: ...
-    def backward_values(self, graph: Graph, params: Tensor, grads: Tensor, d_values: Tensor, threads: int) -> None: ...
+    def backward_values(
+        self, graph: Graph, weights: tuple[Tensor, Tensor | None], grads: Tensor, d_values: Tensor, threads: int
+    ) -> None: ...
     def forget_gradients(self) -> None: ...
     def finish_gradients(self, grads: Tensor, threads: int) -> None: ...
     def pack(self, params: Tensor, half: bool, threads: int) -> PackedWeights: ...
     def generator(
-        self, params: Tensor, packed: PackedWeights, options: GeneratorOptions, token_bytes: list[bytes]
+        self,
+        weights: tuple[Tensor, Tensor | None],
+        packed: PackedWeights,
+        options: GeneratorOptions,
+        token_bytes: list[bytes],
     ) -> Generator: ...
     def activation_bytes(self, tokens: int, sequences: int, keep: bool, recompute: bool, logits_budget: int) -> int: ...
     def sum_of_squares(self, grads: Tensor, threads: int) -> float: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tutelage import _core
+from tutelage import _core, kernels
 from tutelage.batch import PackedBatch
 from tutelage.config import Head, ModelConfig
 from tutelage.data.tokenizer import Tokenizer
-from tutelage.hub import hugging_face
+from tutelage.hub import hugging_face, peft
+from tutelage.lora import LoraConfig, modules_of
 from tutelage.rollouts import PREFILL_CHUNK, Generation, GenerationSettings, Rollouts, StreamedToken
+
+_SCORE = "score.weight"
 
 LOGITS_BUDGET = 256 * 2**20
 """Bytes of logits kept between forward and backward; more are computed again, a block of tokens at a time."""
@@ -65,6 +69,8 @@ class Model:
         logits_budget: int = LOGITS_BUDGET,
         level: str | None = None,
         _initialise: bool = True,  # False: the caller fills params
+        _base: Model | None = None,  # with _lora: this is an adapter on it
+        _lora: LoraConfig | None = None,
     ) -> None:
         if device != "cpu":
             raise ValueError(f"device must be 'cpu' (this build has no other backend), but it is {device!r}")
@@ -93,8 +99,19 @@ class Model:
         self.tokenizer: Tokenizer | None = None
         self.reward_bias = 0.0
         """Subtracted from every value of a scalar head; saved with the model."""
+        self.base = _base
+        """The frozen model under an adapter, whose parameters this one shares; None for a model of its own."""
+        self.lora = _lora
+        """What the adapter is; None for a model of its own."""
+        self.name_or_path: str | None = None
+        """The folder that the model came from."""
         self._level = level
-        self._engine = _core.Transformer(config.core_fields(head), "float64" if dtype == torch.float64 else level or "")
+        level_name = "float64" if dtype == torch.float64 else level or ""
+        fields = config.core_fields(head)
+        if _base is None or _lora is None:
+            self._engine = _core.Transformer(fields, level_name)
+        else:
+            self._engine = _core.Transformer(fields, _lora.core_fields(_base.head), level_name)
         self.params = torch.empty(self._engine.size, dtype=dtype)
         if _initialise:
             initial = torch.empty_like(self.params, dtype=torch.float32)
@@ -110,7 +127,8 @@ class Model:
         self._anchor = torch.zeros((), dtype=dtype, requires_grad=True)
 
     def __repr__(self) -> str:
-        return f"Model({self.config}, head={self.head!r}, {self.params.numel():,} parameters, {self.dtype})"
+        adapter = "" if self.lora is None else f", {self.lora}"
+        return f"Model({self.config}, head={self.head!r}{adapter}, {self.params.numel():,} parameters, {self.dtype})"
 
     # ---- forward
 
@@ -227,10 +245,20 @@ class Model:
     def free_caches(self) -> None:
         """Gives back the copies of the weights that generation made; the next one makes them again."""
         self._packed = self._rounded = None
+        if self.base is not None:
+            self.base.free_caches()
         _core.free_cached_memory()
 
-    def _weights(self) -> Tensor:
-        """What the kernels multiply by: the parameters, or their matrices rounded to bfloat16."""
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        """What the kernels compute with: the parameters, or the base's and the adapter's."""
+        return (self._matrices(), None) if self.base is None else (self.base._matrices(), self.params)
+
+    def _versions(self) -> tuple[int, ...]:
+        """Change with the weights."""
+        return (self.params._version,) if self.base is None else (self.base.params._version, self.params._version)
+
+    def _matrices(self) -> Tensor:
+        """The parameters, or with their matrices rounded to bfloat16."""
         if self.weights == "float32":
             return self.params
         version = self.params._version
@@ -244,10 +272,12 @@ class Model:
         return self._rounded[1]
 
     def _packed_weights(self) -> _core.PackedWeights:
+        if self.base is not None:  # all adapters stream the one copy of the base's
+            return self.base._packed_weights()
         version = self.params._version
         if self._packed is None or self._packed[0] != version:
             self._packed = None  # before the new one is made: never two at a time
-            self._packed = (version, self._engine.pack(self._weights(), self.weights == "bfloat16", torch.get_num_threads()))
+            self._packed = (version, self._engine.pack(self._matrices(), self.weights == "bfloat16", torch.get_num_threads()))
         return self._packed[1]
 
     # ---- parameters and gradients
@@ -335,6 +365,9 @@ class Model:
         return self._like(torch.float64)
 
     def _like(self, dtype: torch.dtype) -> Model:
+        base = self.base
+        if base is not None and dtype != self.dtype:
+            base = base._like(dtype)
         other = Model(
             self.config,
             head=self.head,
@@ -344,23 +377,194 @@ class Model:
             logits_budget=self.logits_budget,
             level=self._level if dtype == torch.float32 else None,
             _initialise=False,
+            _base=base,
+            _lora=self.lora,
         )
         other.params.copy_(self.params)
-        other.tokenizer, other._eos_token_ids = self.tokenizer, self._eos_token_ids
         other.reward_bias = self.reward_bias
-        return other
+        return other._told_as(self)
+
+    def _told_as(self, other: Model) -> Model:
+        """With the tokenizer of `other` and what ends its completions."""
+        self.tokenizer, self._eos_token_ids = other.tokenizer, other._eos_token_ids
+        return self
+
+    # ---- adapters
+
+    def with_lora(
+        self,
+        rank: int = 16,
+        alpha: float = 32.0,
+        target_modules: Sequence[str] = (),
+        head: Head | None = None,
+        seed: int = 0,
+        *,
+        use_rslora: bool = False,
+    ) -> Model:
+        """A model of this one's weights, which stay as they are and in memory once, and a low-rank adapter that learns (LoRA).
+
+        Its ``params``, ``grads``, state and checkpoints are the adapter's (and a scalar head's) alone; ``policy.base`` is this
+        model. A fresh adapter changes no bit. Any number of adapters may share a base: a policy, a critic, a reward model.
+
+        Args:
+            rank, alpha, use_rslora: see :class:`LoraConfig`.
+            target_modules: layers that get one, as ("q_proj", "v_proj"). None named: all linear layers of the blocks.
+            head: None: as the base's. A scalar head always learns, and begins as the base's where that has one.
+            seed: of A (uniform within 1/√in, as PEFT's; B is 0) and of a new scalar head.
+
+        Raises:
+            ValueError: this is an adapter already; a reward model cannot become a language model; as :class:`LoraConfig`; a
+                name that is no linear layer of the blocks.
+        """
+        if isinstance(target_modules, str):
+            raise ValueError(f"target_modules must be a sequence of names: write ({target_modules!r},)")
+        lora = LoraConfig(rank, alpha, tuple(target_modules), use_rslora)
+        if self.base is not None:
+            raise ValueError("this model is an adapter already: train it on, or make a model of it first, with merge()")
+        if head == "lm" and self.head == "scalar":
+            raise ValueError("a reward model has no language-model head: put the adapter on the language model itself")
+        model = self._adapter(lora, head or self.head, seed=seed)
+        if not lora.target_modules:
+            model.lora = dataclasses.replace(lora, target_modules=modules_of([*model._places]))
+        if self.head == "scalar":
+            with torch.no_grad():
+                model._view(model.params, _SCORE).copy_(self._view(self.params, _SCORE))
+            model.reward_bias = self.reward_bias
+        return model
+
+    def _adapter(self, lora: LoraConfig, head: Head, **options: Any) -> Model:
+        """An adapter on this model."""
+        model = Model(
+            self.config,
+            head=head,
+            weights=self.weights,
+            dtype=self.dtype,
+            recompute=self.recompute,
+            logits_budget=self.logits_budget,
+            level=self._level,
+            _base=self,
+            _lora=lora,
+            **options,
+        )
+        return model._told_as(self)
+
+    def merge(self) -> Model:
+        """A model of its own with W + scale · B A in the place of every adapted W.
+
+        Rounded once more than base and adapter apart, so its log-probs are close to theirs but other bits.
+
+        Raises:
+            ValueError: this model is no adapter.
+        """
+        base, lora = self._adapted()
+        model = Model(
+            self.config,
+            head=self.head,
+            weights=self.weights,
+            dtype=self.dtype,
+            recompute=self.recompute,
+            logits_budget=self.logits_budget,
+            level=self._level,
+            _initialise=False,
+        )
+        own = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, view in model.named_parameters():
+                view.copy_(own[name] if name in own else base._view(base.params, name))
+                module = name.removesuffix(".weight")
+                if f"{module}.lora_A.weight" in own:
+                    a, b = own[f"{module}.lora_A.weight"], own[f"{module}.lora_B.weight"]
+                    # The engine's product: the same bits for any number of threads.
+                    change = kernels.matmul(b, a.T.contiguous()) * lora.scale
+                    view += change.T if self.config.position == "learned" else change
+        model.reward_bias = self.reward_bias
+        return model._told_as(self)
+
+    def _adapted(self) -> tuple[Model, LoraConfig]:
+        if self.base is None or self.lora is None:
+            raise ValueError("this model has no adapter: make one with with_lora()")
+        return self.base, self.lora
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapter alone, as PEFT does (adapter_config.json, adapter_model.safetensors), and the tokenizer.
+
+        ``peft.PeftModel.from_pretrained`` and :meth:`load_adapter` put it on its base, :meth:`from_pretrained` loads both.
+
+        Raises:
+            ValueError: this model is no adapter.
+        """
+        base, lora = self._adapted()
+        peft.write_adapter(
+            folder,
+            lora,
+            self.head,
+            self.named_parameters(),
+            base_folder=base.name_or_path,
+            fan_in_fan_out=self.config.position == "learned",
+            eos_token_ids=self.eos_token_ids,
+            bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
+            reward_bias=self.reward_bias,
+        )
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, head: Head | None = None, device: str = "cpu", **options: Any) -> Model:
+    def load_adapter(cls, base: Model, folder: str | Path, head: Head | None = None, seed: int = 0) -> Model:
+        """The adapter in ``folder``, written by :meth:`save_adapter` or by PEFT, on ``base``.
+
+        Args:
+            head: None: what the folder says. "scalar" on a language model's adapter gives a fresh scalar head, of ``seed``.
+
+        Raises:
+            ValueError: naming the file, field or tensor that does not fit; an option of PEFT's that changes what is computed
+                and that tutelage does not have; ``base`` is an adapter itself.
+        """
+        if base.base is not None:
+            raise ValueError("an adapter goes on a model of its own, but base is an adapter: merge() it first")
+        found = peft.read_config(folder)
+        wanted = found.head if head is None else head
+        if wanted == "lm" and found.head == "scalar":
+            raise ValueError(f"{folder} holds the adapter of a reward model, which has no language-model head")
+        model = base._adapter(found.lora, wanted, seed=seed)
+        if not found.lora.target_modules:
+            model.lora = dataclasses.replace(found.lora, target_modules=modules_of([*model._places]))
+        expected = {name: tuple(shape) for name, (_, shape) in model._places.items()}
+        fresh_head = wanted == "scalar" and found.head == "lm"
+        if fresh_head:
+            del expected[_SCORE]
+        with torch.no_grad():
+            for name, tensor in peft.read_tensors(folder, expected):
+                model._view(model.params, name).copy_(tensor)
+        if (Path(folder) / "tokenizer.json").exists():
+            model.tokenizer = Tokenizer.from_pretrained(folder)
+        model.eos_token_ids = hugging_face.read_eos_token_ids(folder) or base.eos_token_ids
+        if not fresh_head:
+            model.reward_bias = found.reward_bias
+        return model
+
+    # ---- folders
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, head: Head | None = None, device: str = "cpu", *, base: Model | None = None, **options: Any
+    ) -> Model:
         """A model from a Hugging Face folder (config.json, safetensors, sharded or not; its tokenizer.json if there is one).
+
+        The folder of an adapter gives it on its base, which is loaded from the folder that adapter_config.json names.
 
         Args:
             head: None: what config.json says. "scalar" on a language model's folder gives a fresh scalar head.
+            base: a model that an adapter's folder shares instead of loading it again, where it came from that same folder.
             options: as the constructor's; ``seed`` is that of a fresh head.
 
         Raises:
             ValueError: naming the file, field or tensor that does not fit.
         """
+        if peft.is_adapter(folder):
+            place = peft.base_folder(folder)
+            if base is None or not base.is_from(place):
+                base = cls.from_pretrained(place, device=device, **options)
+            return cls.load_adapter(base, folder, head, options.get("seed", 0))
         config, own_head = hugging_face.read_config(folder)
         wanted = own_head if head is None else head
         fresh_head = wanted == "scalar" and own_head == "lm"
@@ -368,7 +572,7 @@ class Model:
         expected = {name: tuple(shape) for name, (_, shape) in model._places.items()}
         tied = config.tie_word_embeddings and wanted == "lm"
         if fresh_head:
-            del expected["score.weight"]
+            del expected[_SCORE]
         with torch.no_grad():
             for name, tensor in hugging_face.read_tensors(folder, expected, tied=tied):
                 model._view(model.params, name).copy_(tensor)
@@ -377,10 +581,18 @@ class Model:
         model.eos_token_ids = hugging_face.read_eos_token_ids(folder)
         if own_head == wanted == "scalar":
             model.reward_bias = hugging_face.read_reward_bias(folder)
+        model.name_or_path = str(folder)
         return model
 
+    def is_from(self, folder: str | Path) -> bool:
+        """Whether this model was loaded from that folder."""
+        return self.name_or_path is not None and Path(self.name_or_path).resolve() == Path(folder).resolve()
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load."""
+        """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load; of an adapter as
+        :meth:`save_adapter`."""
+        if self.base is not None:
+            return self.save_adapter(folder)
         hugging_face.write_folder(
             folder,
             self.config,
@@ -394,8 +606,8 @@ class Model:
             self.tokenizer.save(folder)
 
 
-def _check_unchanged(model: Model, version: int) -> None:
-    if model.params._version != version:
+def _check_unchanged(model: Model, versions: tuple[int, ...]) -> None:
+    if model._versions() != versions:
         raise RuntimeError(
             "the parameters changed between the forward and its backward; run backward() before the optimizer's step"
         )
@@ -422,14 +634,14 @@ class _Score(torch.autograd.Function):
             model.logits_budget,
             torch.get_num_threads(),
         )
-        ctx.model, ctx.version = model, model.params._version
+        ctx.model, ctx.versions = model, model._versions()
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None, None]:
         d_logprobs, d_entropy = (gradient.contiguous() for gradient in gradients)
         model: Model = ctx.model
-        _check_unchanged(model, ctx.version)
+        _check_unchanged(model, ctx.versions)
         model._engine.backward_score(
             ctx.graph, ctx.weights, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads()
         )
@@ -450,14 +662,14 @@ class _Values(torch.autograd.Function):
             model.recompute,
             torch.get_num_threads(),
         )
-        ctx.model, ctx.version = model, model.params._version
+        ctx.model, ctx.versions = model, model._versions()
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
         (d_values,) = gradients
         model: Model = ctx.model
-        _check_unchanged(model, ctx.version)
+        _check_unchanged(model, ctx.versions)
         model._engine.backward_values(
             ctx.graph, ctx.weights, model._grad_buffer(), d_values.contiguous(), torch.get_num_threads()
         )

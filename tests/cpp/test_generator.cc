@@ -20,11 +20,22 @@ Config small_config() {
 }
 
 struct Small {
-  Transformer model{small_config(), *float_tables().back()};
-  std::vector<float> params = std::vector<float>(static_cast<std::size_t>(model.layout().size));
+  Transformer model;
+  std::vector<float> params, adapter;
   std::shared_ptr<const PackedWeights> packed;
-  Small() {
-    initialise(model.config(), model.layout(), 1, params.data(), 1);
+  Small() : model(small_config(), *float_tables().back()) { fill(); }
+  explicit Small(const AdapterOptions& options) : model(small_config(), *float_tables().back(), Head::lm, options) {
+    adapter.resize(static_cast<std::size_t>(model.size()));
+    initialise(model.config(), model.trainable(), 2, 1, adapter.data(), 1);
+    for (std::size_t i = 0; i < adapter.size(); ++i) adapter[i] += static_cast<float>(i % 7) * 0.01f;  // B too
+    fill();
+  }
+  Weights weights() const { return {params.data(), adapter.empty() ? nullptr : adapter.data()}; }
+
+ private:
+  void fill() {
+    params.resize(static_cast<std::size_t>(model.layout().size));
+    initialise(model.config(), model.layout().parameters, 1, 0, params.data(), 1);
     packed = model.pack(params.data(), false, 2, nullptr);
   }
 };
@@ -43,7 +54,7 @@ std::vector<Request> requests() {
 }
 
 Outputs<double> generate(Small& s, GeneratorOptions options, const std::vector<Request>& all) {
-  Generator g(s.model, s.params.data(), s.packed, options, {});
+  Generator g(s.model, s.weights(), s.packed, options, {});
   for (const Request& r : all) g.add(r);
   while (g.step())
     for (std::size_t row : g.advanced()) CHECK(!g.completion(row).tokens.empty());
@@ -73,11 +84,28 @@ TEST(budgets_chunks_threads_and_shared_prefixes_change_no_bit) {
   CHECK(memory_use().in_use <= before + 65536, "only rotary tables stay", memory_use().in_use, before);
 }
 
+TEST(adapters_keep_that) {
+  for (const std::vector<std::string>& targets : {std::vector<std::string>{}, {"v_proj", "mlp.up_proj", "down_proj"}}) {
+    Small s({.rank = 3, .scale = 0.5, .target_modules = targets});
+    const Outputs<double> expected = generate(s, {.kv_cache_bytes = 100 * block(s), .share_prefixes = false}, requests());
+    for (std::int64_t chunk : {1, 37})
+      CHECK(
+          same_bits(generate(s, {.kv_cache_bytes = 5 * block(s), .prefill_chunk = chunk, .threads = 2}, requests()), expected),
+          chunk);
+    Small bare;
+    CHECK(!same_bits(generate(bare, {.kv_cache_bytes = 100 * block(s)}, requests()), expected), "control: they do something");
+  }
+  CHECK_THROWS(ArgumentError,
+               "target_modules names 'lm_head', which is no linear layer of this model's blocks; there are down_proj, "
+               "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+               Small({.rank = 3, .target_modules = {"q_proj", "lm_head"}}));
+}
+
 TEST(any_allocation_of_a_step_may_fail_and_the_step_is_done_again) {
   Small s;
   const GeneratorOptions options{.kv_cache_bytes = 9 * block(s)};
   const Outputs<double> expected = generate(s, options, requests());
-  Generator g(s.model, s.params.data(), s.packed, options, {});
+  Generator g(s.model, s.weights(), s.packed, options, {});
   for (const Request& r : requests()) g.add(r);
   int failures = 0;
   for (std::uint64_t k = 1;; k += 23) {  // further and further into a step, until it is through
@@ -101,7 +129,7 @@ TEST(any_allocation_of_a_step_may_fail_and_the_step_is_done_again) {
 
 TEST(what_can_never_fit_is_refused_with_the_number_needed) {
   Small s;
-  Generator g(s.model, s.params.data(), s.packed, {.kv_cache_bytes = 2 * block(s)}, {});
+  Generator g(s.model, s.weights(), s.packed, {.kv_cache_bytes = 2 * block(s)}, {});
   Request r;
   r.prompt.assign(250, 1), r.max_new_tokens = 6;
   g.add(r);  // 256 positions: two blocks
@@ -119,7 +147,7 @@ TEST(a_stop_string_is_found_across_tokens) {
   Request r;
   r.prompt = {5, 6}, r.max_new_tokens = 200;
   auto run = [&](std::vector<std::string> stops) {
-    Generator g(s.model, s.params.data(), s.packed, {.kv_cache_bytes = 3 * block(s)}, spelling);
+    Generator g(s.model, s.weights(), s.packed, {.kv_cache_bytes = 3 * block(s)}, spelling);
     Request with = r;
     with.stop_strings = std::move(stops);
     g.add(with);

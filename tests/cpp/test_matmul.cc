@@ -10,6 +10,7 @@ struct Case {
   int64_t m, n, k;
   Activation activation = Activation::none;
   bool a_transposed = false, b_transposed = false, accumulate = false, bias = false, residual = false;
+  double scale = 1;
 
   bool gated() const { return activation == Activation::swiglu || activation == Activation::swiglu_backward; }
   bool backward() const { return activation >= Activation::gelu_backward; }
@@ -17,7 +18,7 @@ struct Case {
   int64_t c_columns() const { return activation == Activation::swiglu_backward ? 2 * n : n; }
   std::string name() const {
     return text(m, "x", n, "x", k, "activation", int(activation), "layouts", a_transposed, b_transposed, "accumulate",
-                accumulate, "bias", bias, "residual", residual);
+                accumulate, "bias", bias, "residual", residual, "scale", scale);
   }
 };
 
@@ -49,7 +50,7 @@ struct Operands {
     call.m = g.m, call.n = g.n, call.k = g.k;
     call.a = a.data(), call.a_row = a_row, call.a_col = a_col;
     call.b = b.data(), call.b_row = b_row, call.b_col = b_col;
-    call.c = c.data(), call.c_row = c_row, call.accumulate = g.accumulate;
+    call.c = c.data(), call.c_row = c_row, call.accumulate = g.accumulate, call.scale = g.scale;
     if (g.bias) call.bias = bias.data();
     if (g.residual) call.residual = residual.data(), call.residual_row = residual_row;
     call.activation = g.activation, call.activated = activated.data(), call.activated_row = activated_row;
@@ -87,6 +88,7 @@ std::vector<std::vector<wide>> reference(const Case& g) {
       wide sum = g.accumulate ? c[j] : 0;
       for (int64_t p = 0; p < g.k; ++p)
         sum += static_cast<wide>(x.a[i * x.a_row + p * x.a_col]) * x.b[p * x.b_row + j * x.b_col];
+      sum *= g.scale;
       if (g.bias) sum += x.bias[j];
       if (g.residual) sum += x.residual[i * x.residual_row + j];
       const bool erf = g.activation == Activation::gelu_erf || g.activation == Activation::gelu_erf_backward;
@@ -170,10 +172,34 @@ TEST(epilogues) {
         Case g{m, n, 21, static_cast<Activation>(activation)};
         for (int extras = 0; extras < 4; ++extras) {
           g.bias = extras & 1, g.residual = extras & 2, g.b_transposed = extras & 1;
-          if ((g.bias || g.residual) && g.backward()) continue;
-          if (g.residual && g.gated()) continue;
+          if (g.bias && g.backward()) continue;
+          if (g.residual && g.activation == Activation::swiglu) continue;
           check(g);
         }
+      }
+}
+
+TEST(a_scale_multiplies_the_finished_sum) {
+  for (int64_t m : {1, 13})
+    for (int64_t n : {2, 48, 300})
+      for (bool accumulate : {false, true}) check({m, n, 21, Activation::none, false, true, accumulate, false, false, 1.7});
+}
+
+// What comes through an adapter on its way back: written where the activated values will be.
+TEST(a_residual_may_lie_where_the_activated_values_go) {
+  for (const KernelTable* t : float_tables())
+    for (Activation activation : {Activation::gelu_backward, Activation::gelu_erf_backward, Activation::swiglu_backward})
+      for (int threads : {1, 3}) {
+        Case g{29, 70, 100, activation};
+        g.residual = true;
+        Operands<float> apart(g, {}), together(g, {});
+        t->matmul(apart.call(g), threads);
+        Matmul call = together.call(g);
+        for (int64_t i = 0; i < g.m; ++i)
+          std::copy_n(&together.residual[i * together.residual_row], g.n, &together.activated[i * together.activated_row]);
+        call.residual = call.activated, call.residual_row = call.activated_row;
+        t->matmul(call, threads);
+        CHECK(same_bits(apart.c, together.c) && same_bits(apart.activated, together.activated), t->name, g.name());
       }
 }
 
@@ -295,7 +321,7 @@ TEST(a_packed_weight_gives_the_bits_of_the_plain_one) {
           for (bool half : {false, true}) {
             if (kSmall && (m == 300 || (k == 800 && m > 13))) continue;
             Case g{m, n, k, activation, false, transposed};
-            g.bias = n == 50, g.residual = n == 34 && activation == Activation::none;
+            g.accumulate = half != transposed, g.bias = n == 50, g.residual = n == 34 && activation == Activation::none;
             auto rounded = [&](const Source<float>& in) {
               Operands<float> x(g, in);
               for (float& value : x.b) {

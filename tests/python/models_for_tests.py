@@ -59,17 +59,42 @@ KINDS: dict[str, ModelConfig] = {
 }
 
 
+ADAPTED = ("llama+lora", "gpt2+lora")
+"""Kinds with an adapter on them."""
+EVERY = (*KINDS, *ADAPTED)
+
+
 def tiny_model(kind: str = "llama", **options: Any) -> Model:
     """A model whose attention and logits are far from uniform, as the small initial weights would leave them."""
+    if kind in ADAPTED:
+        return lora_model(kind.removesuffix("+lora"), **options)
     model = Model(KINDS[kind], **options)
     noise = torch.randn(model.params.numel(), generator=torch.Generator().manual_seed(1))
     model.params += 0.2 * noise
     return model
 
 
+def lora_model(
+    kind: str = "llama",
+    head: Any = None,
+    targets: tuple[str, ...] = (),
+    rank: int = 3,
+    base: Model | None = None,
+    **options: Any,
+) -> Model:
+    """An adapter that has learned something, on a tiny model."""
+    model = (base or tiny_model(kind, **options)).with_lora(rank, 2.0 * rank, targets, head, seed=1)
+    model.params += 0.1 * torch.randn(model.params.numel(), generator=torch.Generator().manual_seed(2))
+    return model
+
+
 def same_model(model: Model, **options: Any) -> Model:
     """Another model with the same weights."""
-    other = Model(model.config, head=model.head, **options)
+    if model.base is None or model.lora is None:
+        other = Model(model.config, head=model.head, **options)
+    else:
+        lora = model.lora
+        other = same_model(model.base, **options).with_lora(lora.rank, lora.alpha, lora.target_modules, model.head)
     other.load_state_dict(model.state_dict())
     return other
 

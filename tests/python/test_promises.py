@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models_for_tests import (
-    KINDS,
+    EVERY,
     backward,
     batch_for,
     bits,
@@ -62,7 +62,7 @@ def alone(model: Model, seqs: list[list[int]], temperature: float = 1.0) -> list
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @few
 @given(lengths, st.randoms(use_true_random=False), st.sampled_from([1.0, 0.7]))
@@ -77,7 +77,7 @@ def test_score_alone_is_score_in_any_batch(
     assert each(model, [seqs[i] for i in order], temperature) == [expected[i] for i in order]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_score_of_long_sequences(kind: str) -> None:
     """Across tiles of 128 keys and several panels of rows."""
     model = shared_model(kind)
@@ -86,7 +86,7 @@ def test_score_of_long_sequences(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @several
 @given(st.lists(st.integers(1, 320), min_size=1, max_size=12), st.randoms(use_true_random=False), st.integers(1, 4))
@@ -103,7 +103,7 @@ def test_score_alone_is_score_in_any_batch_at_length(
     assert each(scalar, seqs) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @few
 @given(st.integers(2, 60), st.data())
 def test_a_prefix_has_the_bits_of_the_whole(kind: str, length: int, data: st.DataObject) -> None:
@@ -115,7 +115,7 @@ def test_a_prefix_has_the_bits_of_the_whole(kind: str, length: int, data: st.Dat
     assert bits(prefix.logprobs, prefix.entropy) == bits(whole.logprobs[:cut], whole.entropy[:cut])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_score_on_any_number_of_threads(kind: str, count: int) -> None:
     model = shared_model(kind)
@@ -125,7 +125,7 @@ def test_score_on_any_number_of_threads(kind: str, count: int) -> None:
         assert forward_bits(model, batch) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_scalar_level_has_the_bits_of_the_best(kind: str, head: Any) -> None:
     model, scalar = shared_model(kind, head), shared_model(kind, head, level="scalar")
@@ -204,7 +204,7 @@ def accumulate(model: Model, batch: PackedBatch, counts: list[int], *, between: 
     return bits(model.grads)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_gradients_do_not_depend_on_micro_batches(kind: str, head: Any) -> None:
     model = tiny_model(kind, head=head)
@@ -215,7 +215,7 @@ def test_gradients_do_not_depend_on_micro_batches(kind: str, head: Any) -> None:
     assert accumulate(model, batch, [1, 2, 3, 20, 6]) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("options", [{"recompute": True}, {"logits_budget": 0}, {"level": "scalar"}], ids=str)
 def test_gradients_do_not_depend_on_how_they_are_computed(kind: str, options: dict[str, Any]) -> None:
     model = tiny_model(kind)
@@ -225,7 +225,7 @@ def test_gradients_do_not_depend_on_how_they_are_computed(kind: str, options: di
         assert accumulate(same_model(model, **options), batch, CUTS[name]) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_gradients_do_not_depend_on_threads(kind: str, count: int) -> None:
     model = tiny_model(kind)
@@ -247,7 +247,7 @@ def test_gradients_of_long_sequences(kind: str, count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @several
 @given(st.lists(st.integers(1, 90), min_size=2, max_size=14), st.integers(1, 4), st.data())
@@ -274,7 +274,7 @@ def test_control_a_tied_embedding_with_one_buffer_would_break_the_promise() -> N
     assert accumulate(untied, batch, CUTS["4x8"], between=lambda model: model.grads) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_control_partial_sums_would_break_the_promise(kind: str) -> None:
     model = tiny_model(kind)
     batch = batch_of_32(model)
@@ -326,7 +326,7 @@ def test_control_training_on_other_data_gives_other_bits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_training_on_more_threads_gives_the_same_bits(kind: str, count: int) -> None:
     expected = bits(train(kind, 20, CUTS["1x32"]).params)
@@ -375,7 +375,7 @@ def test_two_python_threads_may_score_on_one_model(kind: str) -> None:
     assert found == [expected, expected]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_gradients_twice_are_the_same(kind: str) -> None:
     model = tiny_model(kind)
     batch = batch_of_32(model)

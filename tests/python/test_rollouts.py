@@ -61,7 +61,7 @@ def test_logprobs_are_the_bits_of_score(kind: str, weights: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "llama+lora"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_two_hundred_prompts_however_they_are_generated(kind: str, temperature: float) -> None:
     """Batches of 1 to 32 (the cache's budget decides), threads, chunks, shared beginnings: the same bits, and score's."""

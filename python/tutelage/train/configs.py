@@ -59,6 +59,7 @@ FREE_FIELDS = frozenset(
         "report_to",
         "plot",
         "micro_batch_tokens",
+        "lora_merge",
     }
 )
 
@@ -194,10 +195,26 @@ class TuningConfig(TrainingConfig):
     """Measure on the held-out examples every so many steps, and after the last."""
     select_by: Literal["last", "eval_loss"] = "last"
     """Which model is saved in output_dir/model: that of the last step, or that of the lowest held-out loss."""
+    lora_rank: int = 0
+    """Learn a low-rank adapter (LoRA) of this rank; the model under it stays as it is and is the reference where there is
+    one. Takes a higher learning_rate and much less memory; output_dir/model is then an adapter's folder as PEFT has it. An
+    adapter's folder as the model is trained on. 0: learn the whole model."""
+    lora_alpha: float = 32.0
+    """The adapter counts lora_alpha / lora_rank times."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Layers that get an adapter, by name ("q_proj v_proj"). None: all linear layers of the blocks."""
+    lora_merge: bool = False
+    """Save the whole model, the adapter merged into it. Rounded once more, so it computes other bits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, "max_length", 0)
+        for name in ("max_length", "lora_rank"):
+            at_least(self, name, 0)
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be positive and finite, but it is {self.lora_alpha}")
+        for name in ("lora_target_modules", "lora_merge"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ValueError(f"{name} is for an adapter: give a lora_rank too")
         at_least(self, "batch_size", 1)
         if not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be positive, but it is {self.num_train_epochs}")

@@ -42,6 +42,8 @@ from tutelage.train.tuning import (
     conclude,
     content,
     packed,
+    save,
+    size,
     split,
     stops,
 )
@@ -125,7 +127,7 @@ def _learn(
         optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         run.say(
-            f"model: {model.params.numel():,} parameters; {len(data)} examples to learn from, {len(held_out)} held out; "
+            f"model: {size(model)}; {len(data)} examples to learn from, {len(held_out)} held out; "
             f"{last} steps of {config.batch_size} examples on {torch.get_num_threads()} threads"
         )
 
@@ -182,9 +184,8 @@ def _learn(
             run.end_step(model, optimizer, {**state, **best.state, "reference": reference.key})
 
         selected, found_best = best.restore(model, last, measured)
-        model.save_pretrained(run.folder / "model")
         result = PreferenceResult(
-            folder=run.folder / "model",
+            folder=save(run, model, config),
             steps=last,
             selected_step=selected,
             examples=len(data),

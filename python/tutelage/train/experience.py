@@ -94,7 +94,7 @@ class Judge:
         `RewardFunctions`.
         """
         self._run, self._config = run, config
-        self.model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer)
+        self.model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer, model.base)
         longest = longest_sequence(config, model)
         if self.model is not None and self.model.config.max_position_embeddings < longest:
             raise ValueError(
@@ -212,7 +212,8 @@ def gather(
             config.min_p,
             seed=int(hashes(f"rollout {config.seed} {purpose}", 1)[0] >> np.uint64(1)),
         )
-        model.free_caches()  # the copy of the weights that generation made is stale after the next update
+        if model.base is None:  # the copy of the weights that generation made is stale after the next update; not of a base
+            model.free_caches()
     run.fault("rollout")
     with run.timed("score"):
         rows = [prompt for prompt in prompts for _ in range(samples)]

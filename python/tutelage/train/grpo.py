@@ -43,7 +43,7 @@ from tutelage.train.experience import (
 )
 from tutelage.train.reference import load_reference
 from tutelage.train.run import Run, ignore, learning_rate, open_run
-from tutelage.train.tuning import Best, base_model, check_same, content, stops
+from tutelage.train.tuning import Best, base_model, before, check_same, content, save, size, stops
 
 SCORE = "reward"
 
@@ -78,7 +78,7 @@ def _learn(
     optimizer = AdamW(model, 0.0, eps=config.adam_epsilon, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     last = steps_of(config, len(data))
     run.say(
-        f"model: {model.params.numel():,} parameters; {len(data)} prompts, {len(held_out)} held out; {last} steps of "
+        f"model: {size(model)}; {len(data)} prompts, {len(held_out)} held out; {last} steps of "
         f"{config.batch_size} prompts with {config.num_generations} answers on {torch.get_num_threads()} threads"
     )
 
@@ -137,9 +137,8 @@ def _learn(
         run.end_step(model, optimizer, {**state, "measured": measured, **keys, **best.state})
 
     selected, measured = best.restore(model, last, measured)
-    model.save_pretrained(run.folder / "model")
     result = TryingResult(
-        folder=run.folder / "model",
+        folder=save(run, model, config),
         steps=last,
         selected_step=selected,
         examples=len(data),
@@ -161,7 +160,7 @@ def _reference(config: GrpoConfig, model: Model) -> Model | None:
     if not config.beta:
         return None
     return (
-        model.clone() if config.ref_model is None else load_reference(config.ref_model, model, longest_sequence(config, model))
+        before(model) if config.ref_model is None else load_reference(config.ref_model, model, longest_sequence(config, model))
     )
 
 

@@ -57,7 +57,7 @@ from tutelage.train.experience import (
 from tutelage.train.reading import read_text
 from tutelage.train.reference import load_reference
 from tutelage.train.run import Run, ignore, learning_rate, open_run
-from tutelage.train.tuning import Best, base_model, check_same, content, stops
+from tutelage.train.tuning import Best, base_model, before, check_same, content, save, size, start, stops, with_adapter
 
 SCORE = "objective/scores"
 
@@ -101,14 +101,14 @@ def _learn(
     assert tokenizer is not None
     data, text = Batches(prompts, config.seed), _text(run, config, model)
     longest = longest_sequence(config, model)
-    reference = model.clone() if config.ref_model is None else load_reference(config.ref_model, model, longest)
-    learner = _Learner(run, config, model, _critic(config, judge), text)
+    reference = before(model) if config.ref_model is None else load_reference(config.ref_model, model, longest)
+    learner = _Learner(run, config, model, _critic(config, judge, model), text)
     averaged = model.clone() if config.ema_decay else None
     chosen = averaged or model
     last = steps_of(config, len(data), config.total_episodes)
     run.say(
-        f"model: {model.params.numel():,} parameters, critic: {learner.critic.params.numel():,}; {len(data)} prompts, "
-        f"{len(held_out)} held out; {last} steps of {config.batch_size} answers on {torch.get_num_threads()} threads"
+        f"model: {size(model)}; critic: {size(learner.critic)}; {len(data)} prompts, {len(held_out)} held out; "
+        f"{last} steps of {config.batch_size} answers on {torch.get_num_threads()} threads"
     )
 
     fingerprint = f"{data.fingerprint} {held_out.fingerprint} {text.fingerprint if text else ''}"
@@ -171,9 +171,8 @@ def _learn(
         run.end_step(model, learner.optimizer, {**state, **keys, **ema, **best.state})
 
     selected, measured = best.restore(chosen, last, measured)
-    chosen.save_pretrained(run.folder / "model")
     result = PpoResult(
-        folder=run.folder / "model",
+        folder=save(run, chosen, config),
         steps=last,
         selected_step=selected,
         examples=len(data),
@@ -199,13 +198,25 @@ def _set(model: Model, params: Tensor) -> None:
         model.params.copy_(params)
 
 
-def _critic(config: PpoConfig, judge: Judge) -> Model:
-    """The reward model, as InstructGPT has it; or else the policy with a head that says 0 everywhere."""
+def _critic(config: PpoConfig, judge: Judge, model: Model) -> Model:
+    """The reward model, as InstructGPT has it; or else the policy with a head that says 0 everywhere.
+
+    With adapters neither has weights of its own: the critic is an adapter on the reward model, or on the policy's base.
+    """
     if judge.model is not None:
-        return judge.model.clone()
-    critic = Model.from_pretrained(config.model, "scalar")
+        if not config.lora_rank:
+            return judge.model.clone() if judge.model.base is None else judge.model.merge()
+        return with_adapter(judge.model, config) if judge.model.base is None else judge.model.clone()
+    if model.base is None or model.lora is None:
+        critic = start(config, "scalar")
+    else:
+        lora = model.lora
+        critic = model.base.with_lora(lora.rank, lora.alpha, lora.target_modules, "scalar", use_rslora=lora.use_rslora)
     with torch.no_grad():
-        critic.state_dict()["score.weight"].zero_()
+        own = critic.state_dict()
+        for name, view in model.named_parameters() if critic.base is not None else ():
+            own[name].copy_(view)
+        own["score.weight"].zero_()
     return critic
 
 

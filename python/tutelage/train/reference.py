@@ -23,8 +23,12 @@ _LOGPS = "logps"
 
 
 def load_reference(folder: str, model: Model, longest: int) -> Model:
-    """The reference in `folder` for `model`. Raises ValueError where it cannot read the model's `longest` sequences."""
-    reference = Model.from_pretrained(folder)
+    """The reference in `folder` for `model`, whose base it shares where that came from the same folder.
+
+    Raises ValueError where it cannot read the model's `longest` sequences.
+    """
+    base = model.base
+    reference = base if base is not None and base.is_from(folder) else Model.from_pretrained(folder, base=base)
     if reference.head != "lm":
         raise ValueError(f"{folder} holds a reward model, and a reference must be a language model")
     if reference.config.vocab_size != model.config.vocab_size:

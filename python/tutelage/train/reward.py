@@ -28,7 +28,7 @@ from tutelage.objectives import RankingPairs, ranking_metrics, ranking_pairs, re
 from tutelage.optimizer import AdamW
 from tutelage.train.configs import RewardConfig
 from tutelage.train.run import Run, ignore, learning_rate, open_run
-from tutelage.train.tuning import Best, TuningResult, base_model, check_rows, conclude, content, split
+from tutelage.train.tuning import Best, TuningResult, base_model, check_rows, conclude, content, save, size, split
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         responses = sum(len(example.responses) for example in examples.examples)
         run.say(
-            f"model: {model.params.numel():,} parameters; {len(data)} prompts with {responses} responses to learn from, "
+            f"model: {size(model)}; {len(data)} prompts with {responses} responses to learn from, "
             f"{len(held_out)} held out; {last} steps of {config.batch_size} prompts on {torch.get_num_threads()} threads"
         )
 
@@ -119,9 +119,8 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         selected, measured = best.restore(model, last, measured)
         scores = sequence_rewards(model, pack(demonstrations), config.micro_batch_tokens).tolist()
         model.reward_bias = math.fsum(scores) / len(scores)
-        model.save_pretrained(run.folder / "model")
         result = RewardResult(
-            folder=run.folder / "model",
+            folder=save(run, model, config),
             steps=last,
             selected_step=selected,
             examples=len(data),

@@ -36,6 +36,8 @@ from tutelage.train.tuning import (
     conclude,
     content,
     packed,
+    save,
+    size,
     split,
     stops,
 )
@@ -78,12 +80,12 @@ def sft(
         model, tokenizer = base_model(config)
         examples, held_out = _examples(run, config, model, tokenizer, objective is not None)
         data = Batches(examples, config.seed)
-        judge = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer)
+        judge = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer, model.base)
         model.eos_token_ids = stops(model, tokenizer, examples)
         optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         run.say(
-            f"model: {model.params.numel():,} parameters; {len(data)} examples to learn from, {len(held_out)} held out; "
+            f"model: {size(model)}; {len(data)} examples to learn from, {len(held_out)} held out; "
             f"{last} steps of {config.batch_size} examples on {torch.get_num_threads()} threads"
         )
 
@@ -135,9 +137,8 @@ def sft(
             run.end_step(model, optimizer, {**state, **best.state})
 
         selected, measured = best.restore(model, last, measured)
-        model.save_pretrained(run.folder / "model")
         result = SftResult(
-            folder=run.folder / "model",
+            folder=save(run, model, config),
             steps=last,
             selected_step=selected,
             examples=len(data),

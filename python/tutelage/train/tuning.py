@@ -56,10 +56,10 @@ def base_model(config: TuningConfig, head: Head = "lm") -> tuple[Model, Tokenize
     """The model to start from, and its tokenizer with the chat template that is to be used.
 
     A scalar head is drawn anew (config.seed) where the folder holds a language model. Raises ValueError for a
-    reward model where a language model is wanted, a folder without a tokenizer and a max_length that the model
-    cannot read.
+    reward model where a language model is wanted, a folder without a tokenizer, a max_length that the model
+    cannot read, and as `start`.
     """
-    model = Model.from_pretrained(config.model, "scalar" if head == "scalar" else None, seed=config.seed)
+    model = start(config, head)
     if model.head != head:
         raise ValueError(f"{config.model} holds a reward model, and fine-tuning needs a language model")
     if model.tokenizer is None:
@@ -72,9 +72,65 @@ def base_model(config: TuningConfig, head: Head = "lm") -> tuple[Model, Tokenize
     return model, model.tokenizer
 
 
+def start(config: TuningConfig, head: Head) -> Model:
+    """What learns, in its first state: the model of config.model, or with a lora_rank an adapter on it.
+
+    An adapter's folder with a lora_rank is that adapter, trained on; without one its merged model. Raises ValueError for an
+    adapter that is not the one that the config asks for.
+    """
+    wanted: Head | None = "scalar" if head == "scalar" else None
+    if not config.lora_rank:
+        model = Model.from_pretrained(config.model, wanted, seed=config.seed)
+        return model if model.base is None else model.merge()
+    model = Model.from_pretrained(config.model)
+    if model.base is None:
+        return with_adapter(model, config, wanted)
+    lora = model.lora
+    assert lora is not None
+    targets = set(config.lora_target_modules) or set(lora.target_modules)
+    if (lora.rank, lora.alpha, set(lora.target_modules)) != (config.lora_rank, config.lora_alpha, targets):
+        raise ValueError(
+            f"{config.model} holds an adapter of lora_rank {lora.rank}, lora_alpha {lora.alpha:g} and lora_target_modules "
+            f"{' '.join(lora.target_modules)}: give the same to train it on, or merge it into a model first (--lora_merge)"
+        )
+    return Model.from_pretrained(config.model, wanted, base=model.base, seed=config.seed)
+
+
+def with_adapter(model: Model, config: TuningConfig, head: Head | None = None) -> Model:
+    """A fresh adapter on the model, as the config asks for it."""
+    return model.with_lora(config.lora_rank, config.lora_alpha, config.lora_target_modules, head, config.seed)
+
+
+def before(model: Model) -> Model:
+    """The model as it is now, whatever it learns later: its copy. Of an adapter a copy of that alone, and of one that adds
+    nothing yet the base, whose bits it has."""
+    if model.base is None or model.base.head != model.head:
+        return model.clone()
+    untrained = not any(bool(view.any()) for name, view in model.named_parameters() if name.endswith(".lora_B.weight"))
+    return model.base if untrained else model.clone()
+
+
+def size(model: Model) -> str:
+    """What the reader is told of how much learns."""
+    own = f"{model.params.numel():,}"
+    return (
+        f"{own} parameters" if model.base is None else f"{own} parameters beside the {model.base.params.numel():,} of its base"
+    )
+
+
+def save(run: Run, model: Model, config: TuningConfig) -> Path:
+    """Writes the finished model into the run's folder: an adapter as such, or merged where the config says so."""
+    folder = run.folder / "model"
+    (model.merge() if config.lora_merge else model).save_pretrained(folder)
+    return folder
+
+
 def content(model: Model) -> str:
     """SHA-256 of the weights and the shape: equal means the same model."""
     digest = hashlib.sha256(repr(model.config).encode())
+    if model.base is not None:
+        digest.update(repr(model.lora).encode())
+        digest.update(model.base.params.numpy().data)
     digest.update(model.params.numpy().data)
     return digest.hexdigest()
 
