@@ -18,11 +18,10 @@ from common.measures import MICRO_BATCH_TOKENS, openings, perplexity
 from common.model import smollm2
 from common.page import Column, Results, Sample
 from common.plain import articles
-from common.rows import read_rows
 from common.stage import Figures, Stage, Taken, loop
 from tutelage import Model, files
 from tutelage.evaluate import kl_divergence, rate
-from tutelage.school.data import write_rows
+from tutelage.school.data import read_rows, write_rows
 from tutelage.train.configs import GrpoConfig, PpoConfig, SftConfig
 from tutelage.train.grpo import grpo
 from tutelage.train.ppo import ppo
@@ -226,16 +225,12 @@ class _Addition:
 
     # ---- the exam
 
-    @functools.cached_property
-    def _taught(self) -> Model:
-        """The model after SFT."""
-        return Model.from_pretrained(self.course.model("sft"))
-
     def _answers(self, name: str) -> Path:
         return self.course.folder / f"exam_{name}" / "answers.jsonl"
 
     def _exam(self, name: str) -> Figures:
-        model = self._taught if name == "sft" else Model.from_pretrained(self.course.model(name))
+        taught = Model.from_pretrained(self.course.model("sft"))
+        model = taught if name == "sft" else Model.from_pretrained(self.course.model(name), base=taught)
         tokenizer, questions = model.tokenizer, read_rows(Path(self.course.data("exam")))
         assert tokenizer is not None
         plain = openings([row["text"] for row in read_rows(Path(self.course.data("plain")))], tokenizer, self._sizes.window)
@@ -249,7 +244,7 @@ class _Addition:
             rate([float(text == row["answer"]) for text, row in zip(texts, questions, strict=True)])
             for texts in (likeliest.texts, drawn.texts)
         )
-        divergence = kl_divergence(drawn, self._taught, 1.0, MICRO_BATCH_TOKENS)
+        divergence = kl_divergence(drawn, taught, 1.0, MICRO_BATCH_TOKENS)
         figures = {
             "right": right.rate,
             "right_low": right.low,

@@ -17,7 +17,6 @@ from common.measures import MICRO_BATCH_TOKENS, openings
 from common.model import smollm2
 from common.page import Column, Results, Sample
 from common.plain import articles
-from common.rows import read_rows
 from common.stage import Figures, Stage, Taken, loop
 from common.statistics import Ridge, pair_accuracy, rater_agreement
 from movies import data
@@ -25,7 +24,7 @@ from movies.data import LEAD, Part, Rated
 from movies.exam import Sheet, sit, wins
 from tutelage import Model, files, load_sft, pack
 from tutelage.evaluate import load_reward_model, sequence_rewards
-from tutelage.school.data import write_rows
+from tutelage.school.data import read_rows, write_rows
 from tutelage.train.configs import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tutelage.train.dpo import dpo
 from tutelage.train.ppo import ppo
@@ -329,15 +328,13 @@ class _Movies:
         self._sources.model(Path(self.course.model("base")))
         return {}
 
-    def _reward_model(self) -> Model:
-        tokenizer = self._taught.tokenizer
-        assert tokenizer is not None
-        return load_reward_model(self.course.model("reward"), tokenizer)
-
-    @functools.cached_property
     def _taught(self) -> Model:
-        """The model after SFT."""
+        """The model after SFT, upon which the adapters of all later stages stand."""
         return Model.from_pretrained(self.course.model("sft"))
+
+    def _reward_model(self, taught: Model) -> Model:
+        assert taught.tokenizer is not None
+        return load_reward_model(self.course.model("reward"), taught.tokenizer, taught)
 
     @functools.cached_property
     def _judge(self) -> Ridge:
@@ -347,7 +344,7 @@ class _Movies:
         held_out, sizes = self._parts["held_out"], self._sizes
         learned = self._parts["reward"][: sizes.rated]
         texts, means = [rated.clean for rated in held_out], [rated.mean for rated in held_out]
-        model = self._reward_model()
+        model = self._reward_model(self._taught())
         tokenizer = model.tokenizer
         assert tokenizer is not None
         rows = [{"prompt": LEAD, "completion": f" {text}"} for text in texts]
@@ -373,10 +370,11 @@ class _Movies:
             self._sizes,
             [row["prompt"] for row in read_rows(Path(self.course.data("prompts")))][: self._sizes.compared],
         )
-        rollouts = self._taught.generate(prompts, sizes.longest, sizes.samples, seed=self._config.seed)
-        self._taught.free_caches()
+        taught = self._taught()
+        rollouts = taught.generate(prompts, sizes.longest, sizes.samples, seed=self._config.seed)
+        taught.free_caches()
         assert rollouts.texts is not None  # the model has a tokenizer
-        rewards = sequence_rewards(self._reward_model(), rollouts.pack(), MICRO_BATCH_TOKENS).tolist()
+        rewards = sequence_rewards(self._reward_model(taught), rollouts.pack(), MICRO_BATCH_TOKENS).tolist()
         rows = []
         for number, prompt in enumerate(prompts):
             own = range(number * sizes.samples, (number + 1) * sizes.samples)
@@ -384,6 +382,10 @@ class _Movies:
             worst, best = (choose(ended, key=rewards.__getitem__, default=None) for choose in (min, max))
             if worst is not None and best is not None and rollouts.texts[worst] != rollouts.texts[best]:
                 rows.append({"prompt": prompt, "chosen": rollouts.texts[best], "rejected": rollouts.texts[worst]})
+        if not rows:
+            raise ValueError(
+                f"no prompt has two different answers that end within {sizes.longest} tokens: SFT has taught too little"
+            )
         write_rows(Path(self.course.data("pairs")), rows)
         self.course.say(f"{len(rows):,} pairs from {len(prompts):,} prompts. For example:")
         for row in rows[:1]:
@@ -393,9 +395,8 @@ class _Movies:
 
     # ---- the exam
 
-    @functools.cached_property
-    def _sheet(self) -> Sheet:
-        tokenizer = self._taught.tokenizer
+    def _sheet(self, taught: Model) -> Sheet:
+        tokenizer = taught.tokenizer
         assert tokenizer is not None
         plain = [row["text"] for row in read_rows(Path(self.course.data("held_out_articles")))]
         prompts = [row["prompt"] for row in read_rows(Path(self.course.data("exam")))]
@@ -405,8 +406,9 @@ class _Movies:
         return self.course.folder / f"exam_{name}" / "answers.jsonl"
 
     def _exam(self, name: str) -> Figures:
-        model = self._taught if name == "sft" else Model.from_pretrained(self.course.model(name))
-        figures, rows = sit(model, self._sheet, self._taught, self._reward_model(), self._judge)
+        taught = self._taught()
+        model = taught if name == "sft" else Model.from_pretrained(self.course.model(name), base=taught)
+        figures, rows = sit(model, self._sheet(taught), taught, self._reward_model(taught), self._judge)
         files.make_folder(self._answers(name).parent)
         write_rows(self._answers(name), rows)
         figures |= wins(rows, read_rows(self._answers("sft")))

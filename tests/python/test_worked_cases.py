@@ -32,7 +32,6 @@ from common.course import CourseConfig
 from common.measures import openings, perplexity
 from common.packages import LLAMAFACTORY, SMOLLM2, VADER, Package, fetch, read, read_nested
 from common.page import Column, Results, Sample, page
-from common.rows import read_rows
 from common.statistics import Ridge, Share, distinct, pair_accuracy, rater_agreement, words
 from movies import data
 from movies.course import EXAMINED, MoviesConfig, Sizes, Sources, movies
@@ -44,6 +43,7 @@ from preferences.course import Sources as PairSources
 from preferences.pairs import parse as parse_pairs
 from tutelage import Model, ModelConfig, pack, train_tokenizer
 from tutelage.files import RunFolderError
+from tutelage.school.data import read_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -406,7 +406,7 @@ def test_the_page_holds_exact_figures_and_escapes_what_models_say() -> None:
 # --- a cut of each case -------------------------------------------------------------------------------------
 
 
-def base_model(folder: Path) -> None:
+def base_model(folder: Path, ends: bool = True) -> None:
     """Two random blocks, and a tokenizer that knows the words of these tests."""
     texts = [f"{LEAD} {text.clean}" for text in rated()] + [f"{number}+{number}={2 * number}" for number in range(100)]
     tokenizer = train_tokenizer([*texts, CHATML], 420, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
@@ -421,6 +421,9 @@ def base_model(folder: Path) -> None:
     )
     model = Model(shape, seed=5)
     model.tokenizer = tokenizer
+    if ends:  # some answers come to their end
+        assert tokenizer.eos_token_id is not None
+        model.state_dict()["model.embed_tokens.weight"][tokenizer.eos_token_id] *= 60
     model.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHATML)
 
@@ -448,13 +451,13 @@ Held = tuple[str, Path, Mapping[str, Any]]
 """Name, folder and figures of a case that was held."""
 
 
-def cut_movies(folder: Path, **options: Any) -> Mapping[str, Any]:
+def cut_movies(folder: Path, model: Callable[[Path], None] = base_model, **options: Any) -> Mapping[str, Any]:
     sizes = Sizes(
         held_out=20, judge=30, prompts=30, rated=40, responses=4, shown=40, longest=8, exam=10, compared=10, samples=3, read=3,
         window=16, sft_batch=8, sft_steps=4, reward_batch=4, ppo_batch=6, ppo_steps=3, dpo_batch=4, dpo_steps=3, lora_rank=2,
     )  # fmt: skip
     config = MoviesConfig(output_dir=str(folder), packages=str(folder / "none"), **options)
-    return movies(config, Sources(base_model, rated, articles), sizes)
+    return movies(config, Sources(model, rated, articles), sizes)
 
 
 def cut_addition(folder: Path, **options: Any) -> Mapping[str, Any]:
@@ -467,6 +470,16 @@ def cut_preferences(folder: Path, **options: Any) -> Mapping[str, Any]:
     sizes = PairSizes(pairs=6, longest=64, batch=2, steps=3, lora_rank=2)
     config = PreferencesConfig(output_dir=str(folder), packages=str(folder / "none"), **options)
     return preferences(config, PairSources(base_model, some_pairs), sizes)
+
+
+def test_answers_that_never_end_make_no_pairs(tmp_path: Path) -> None:
+    def endless(folder: Path) -> None:
+        base_model(folder, ends=False)
+
+    with pytest.raises(
+        ValueError, match=r"no prompt has two different answers that end within 8 tokens: SFT has taught too little"
+    ):
+        cut_movies(tmp_path / "course", model=endless)
 
 
 CASES: dict[str, Case] = {"movies": cut_movies, "addition": cut_addition, "preferences": cut_preferences}
