@@ -73,7 +73,7 @@ class Sizes:
     window: int = 512
     sft_batch: int = 16
     sft_steps: int = 140
-    reward_batch: int = 4
+    reward_batch: int = 2
     """Rankings, each of `responses` texts."""
     reward_steps: int = 0
     """0: every ranking once."""
@@ -159,7 +159,7 @@ class _Movies:
             data=(self.course.data("rankings"),),
             batch_size=self._sizes.reward_batch,
             max_steps=self._sizes.reward_steps,
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             warmup_ratio=0.1,
         )
 

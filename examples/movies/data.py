@@ -153,8 +153,12 @@ def demonstrations(texts: Sequence[Rated], seed: int, longest: int) -> list[Row]
 
 
 def prompts(texts: Sequence[Rated], seed: int) -> list[Row]:
-    """`{"prompt"}`: real beginnings."""
-    return [{"prompt": f"{LEAD} {cut[0]}"} for rated in texts if (cut := beginning(rated, seed)) is not None]
+    """`{"prompt"}`: real beginnings. Of texts that begin the same, the first only: no two prompts are one."""
+    found: dict[str, Row] = {}
+    for rated in texts:
+        if (cut := beginning(rated, seed)) is not None:
+            found.setdefault(normalised(cut[0]), {"prompt": f"{LEAD} {cut[0]}"})
+    return list(found.values())
 
 
 def rankings(texts: Sequence[Rated], responses: int, seed: int) -> list[Row]:

@@ -234,7 +234,7 @@ def rated(count: int = 120) -> list[Rated]:
         chance = random.Random(number)
         place = number % len(_ADJECTIVES)
         about, friend = chance.choice("abcdefgh"), chance.choice("xyz")
-        text = f"the film about {about} is {_ADJECTIVES[place]} and I saw it {number} times with {friend}"
+        text = f"film {number} about {about} is {_ADJECTIVES[place]} and I saw it twice with my friend {friend}"
         ratings = tuple(max(-4, min(4, 3 - place + chance.choice((-1, 0, 0, 1)))) for _ in range(15))
         found.append(Rated(str(number), text, sum(ratings) / len(ratings), ratings))
     return found
@@ -314,6 +314,8 @@ def test_a_beginning_and_its_rest_are_the_text() -> None:
     assert shown[0] == {"prompt": f"{LEAD} {cuts[0][0]}", "completion": cuts[0][1]}  # type: ignore[index]
     assert data.demonstrations(texts, 0, 3) == []
     assert data.prompts(texts, 0) == [{"prompt": row["prompt"]} for row in shown]
+    alike = [Rated(str(n), f"one two three four five six and then {n} more", 0.0, (0,)) for n in range(20)]
+    assert sorted(len(row["prompt"].split()) for row in data.prompts(alike, 0)) == [5, 6, 7, 8]  # the lead has two
 
 
 def test_rankings_hold_each_text_once_in_the_order_of_its_ratings() -> None:
