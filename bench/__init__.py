@@ -62,6 +62,7 @@ class RolloutConfig:
         weights: how they are kept: float32, bfloat16.
         rounds: windows of steps of each contender.
         peers: measure transformers (float32) and llama.cpp (F32; beside bfloat16 F16 and BF16) where they are installed.
+        lora_rank: measure the model under an adapter of this rank too, as one of the peers: the ratio is what it costs. 0: not.
         json: a file to write the JSON line to as well.
     """
 
@@ -69,6 +70,7 @@ class RolloutConfig:
     weights: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     rounds: int = 5
     peers: bool = True
+    lora_rank: int = 0
     json: Path | None = None
 
 

@@ -43,6 +43,8 @@ def measurements(config: RolloutConfig, shape: ModelConfig, plan: Plan) -> Itera
         yield prefill(model, plan)
         with tempfile.TemporaryDirectory() as folder:
             peers = installed_peers(model, Path(folder)) if config.peers else {}
+            if config.lora_rank:
+                peers[f"adapter of rank {config.lora_rank}"] = partial(_adapted, model.with_lora(config.lora_rank))
             for batch in config.batch:
                 yield decoding(model, peers, batch, plan)
         model.free_caches()
@@ -67,6 +69,17 @@ def installed_peers(model: Model, folder: Path) -> dict[str, Peer]:
 @contextmanager
 def _transformers(theirs: Any, config: ModelConfig, batch: int) -> Iterator[Callable[[], float]]:
     yield partial(peer_rate, theirs, config, batch)
+
+
+@contextmanager
+def _adapted(model: Model, batch: int) -> Iterator[Callable[[], float]]:
+    windows = Windows(model, batch)
+
+    def rate() -> float:
+        steps, seconds, _ = windows.window()
+        return batch * steps / seconds
+
+    yield rate
 
 
 @contextmanager

@@ -16,8 +16,8 @@ namespace py = pybind11;
 
 class BoundGenerator {
  public:
-  BoundGenerator(Transformer& model, py::object owner, const Weights& weights, std::shared_ptr<const PackedWeights> packed,
-                 const GeneratorOptions& options, std::vector<std::string> token_bytes)
+  BoundGenerator(Transformer& model, py::object owner, const Weights& weights, Packed packed, const GeneratorOptions& options,
+                 std::vector<std::string> token_bytes)
       : owner_(std::move(owner)), generator_(model, weights, std::move(packed), options, std::move(token_bytes)) {}
 
   Generator& operator*() { return generator_; }

@@ -146,12 +146,13 @@ class BoundTransformer {
     return model_.pack(p.data<void>(), half, threads, poll_signals);
   }
   std::unique_ptr<BoundGenerator> generator(py::tuple weights, std::shared_ptr<const PackedWeights> packed,
+                                            std::shared_ptr<const PackedWeights> packed_adapter,
                                             const GeneratorOptions& options, std::vector<std::string> token_bytes) {
     if (model_.config().head != Head::lm)
       throw ArgumentError("this model has a scalar head; load it with head='lm' to generate tokens");
     const WeightArguments w(*this, weights);
-    return std::make_unique<BoundGenerator>(model_, std::move(weights), w.weights, std::move(packed), options,
-                                            std::move(token_bytes));
+    const Packed streams{std::move(packed), std::move(packed_adapter)};
+    return std::make_unique<BoundGenerator>(model_, std::move(weights), w.weights, streams, options, std::move(token_bytes));
   }
 
   std::int64_t activation_bytes(std::int64_t tokens, std::int64_t sequences, bool keep, bool recompute,
@@ -270,8 +271,8 @@ void bind_model(py::module_& m) {
       .def("forget_gradients", &BoundTransformer::forget_gradients)
       .def("finish_gradients", &BoundTransformer::finish_gradients, "grads"_a, "threads"_a)
       .def("pack", &BoundTransformer::pack, "params"_a, "half"_a, "threads"_a,
-           "Every matrix in the order in which generation streams it.")
-      .def("generator", &BoundTransformer::generator, "weights"_a, "packed"_a, "options"_a, "token_bytes"_a,
+           "Every matrix of what learns, in the order in which generation streams it.")
+      .def("generator", &BoundTransformer::generator, "weights"_a, "packed"_a, "packed_adapter"_a, "options"_a, "token_bytes"_a,
            py::keep_alive<0, 1>())
       .def("activation_bytes", &BoundTransformer::activation_bytes, "tokens"_a, "sequences"_a, "keep"_a, "recompute"_a,
            "logits_budget"_a)

@@ -103,18 +103,28 @@ const Adapters::Group* Adapters::of(std::int64_t weight) const {
   return found != groups_.end() && found->weight == weight ? &*found : nullptr;
 }
 
-void Adapters::project(const KernelTable& table, const Group& group, const void* params, std::int64_t rows, const void* x,
-                       void* t, int threads) const {
+std::vector<PackedWeights::Matrix> Adapters::matrices() const {
+  std::vector<PackedWeights::Matrix> all;
+  for (const Group& group : groups_) {
+    all.push_back({group.a, group.width, group.in, false, false});
+    for (const Group::Module& module : group.modules) all.push_back({module.b, module.out, rank_, false, false});
+  }
+  return all;
+}
+
+void Adapters::project(const KernelTable& table, const Group& group, const void* params, const PackedWeights* packed,
+                       std::int64_t rows, const void* x, void* t, int threads) const {
   Matmul p;
   p.m = rows, p.n = group.width, p.k = group.in;
   p.a = x, p.a_row = group.in, p.a_col = 1;
   p.b = at(params, group.a, table), p.b_row = 1, p.b_col = group.in;
+  if (packed != nullptr) p.packed = packed->at(group.a);
   p.c = t, p.c_row = group.width, p.scale = scale_;
   table.matmul(p, threads);
 }
 
-void Adapters::begin_output(const KernelTable& table, const Group& group, const void* params, std::int64_t rows, const void* t,
-                            void* y, int threads) const {
+void Adapters::begin_output(const KernelTable& table, const Group& group, const void* params, const PackedWeights* packed,
+                            std::int64_t rows, const void* t, void* y, int threads) const {
   if (!group.whole) table.zero(y, static_cast<std::size_t>(rows * group.out * table.activation_size));
   for (std::size_t i = 0; i < group.modules.size(); ++i) {
     const Group::Module& module = group.modules[i];
@@ -122,6 +132,7 @@ void Adapters::begin_output(const KernelTable& table, const Group& group, const 
     p.m = rows, p.n = module.out, p.k = rank_;
     p.a = at(t, static_cast<std::int64_t>(i) * rank_, table), p.a_row = group.width, p.a_col = 1;
     p.b = at(params, module.b, table), p.b_row = 1, p.b_col = rank_;
+    if (packed != nullptr) p.packed = packed->at(module.b);
     p.c = at(y, module.column, table), p.c_row = group.out;
     table.matmul(p, threads);
   }

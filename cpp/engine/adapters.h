@@ -9,7 +9,7 @@
 //          backward: dx starts as d_t A and the product with W continues. dA and dB are ONE chain each over the tokens,
 //          continued from what the gradients hold (P4). t is made again for them: the same bits.
 // Work     2 rows width (in + out) flops forward, three times that backward; width = rank x modules of the group.
-// Test     tests/python/test_lora.py, test_peft.py.   Benchmark  none of its own: these are matmul products.
+// Test     tests/python/test_lora.py, test_peft.py.   Benchmark  bench/rollout.py (--lora_rank).
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,7 @@
 
 #include "engine/config.h"
 #include "engine/layout.h"
+#include "engine/packed_weights.h"
 #include "kernels/table.h"
 
 namespace tutelage {
@@ -52,12 +53,15 @@ class Adapters {
   std::int64_t head() const { return head_; }      // kAbsent: the base's
   std::int64_t widest() const { return widest_; }  // of t
 
-  // t [rows, width] = scale x A^T.   x [rows, in]
-  void project(const KernelTable& table, const Group& group, const void* params, std::int64_t rows, const void* x, void* t,
-               int threads) const;
+  // Every A and B, for generation.
+  std::vector<PackedWeights::Matrix> matrices() const;
+
+  // t [rows, width] = scale x A^T.   x [rows, in]   packed: `matrices` in streaming order, or null
+  void project(const KernelTable& table, const Group& group, const void* params, const PackedWeights* packed, std::int64_t rows,
+               const void* x, void* t, int threads) const;
   // y [rows, out] = t B^T, for the product with W to continue.
-  void begin_output(const KernelTable& table, const Group& group, const void* params, std::int64_t rows, const void* t, void* y,
-                    int threads) const;
+  void begin_output(const KernelTable& table, const Group& group, const void* params, const PackedWeights* packed,
+                    std::int64_t rows, const void* t, void* y, int threads) const;
   // d_t [rows, width] = scale dy B.   dy [rows, out]
   void project_back(const KernelTable& table, const Group& group, const void* params, std::int64_t rows, const void* dy,
                     void* d_t, int threads) const;

@@ -49,8 +49,8 @@ std::uint64_t sample_key(std::uint64_t seed, const std::vector<std::int32_t>& pr
   return state;
 }
 
-Generator::Generator(Transformer& model, const Weights& weights, std::shared_ptr<const PackedWeights> packed,
-                     GeneratorOptions options, std::vector<std::string> token_bytes)
+Generator::Generator(Transformer& model, const Weights& weights, Packed packed, GeneratorOptions options,
+                     std::vector<std::string> token_bytes)
     : model_(model),
       weights_(weights),
       packed_(std::move(packed)),
@@ -205,7 +205,7 @@ bool Generator::step() {
     rows.settings.push_back(settings);
   }
   Draws draws;
-  model_.generate_step(rows, weights_, *packed_, options_.threads, options_.poll, draws);
+  model_.generate_step(rows, weights_, packed_, options_.threads, options_.poll, draws);
 
   std::size_t draw = 0;
   for (const Due& d : due) {

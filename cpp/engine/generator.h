@@ -49,7 +49,7 @@ struct GeneratorOptions {
 class Generator {
  public:
   // token_bytes[id]: what the id spells, where stop strings are asked for; else empty.
-  Generator(Transformer& model, const Weights& weights, std::shared_ptr<const PackedWeights> packed, GeneratorOptions options,
+  Generator(Transformer& model, const Weights& weights, Packed packed, GeneratorOptions options,
             std::vector<std::string> token_bytes);
   ~Generator();
 
@@ -72,7 +72,7 @@ class Generator {
 
   Transformer& model_;
   const Weights weights_;
-  std::shared_ptr<const PackedWeights> packed_;
+  const Packed packed_;
   const GeneratorOptions options_;
   const std::vector<std::string> token_bytes_;
   KvCache cache_;

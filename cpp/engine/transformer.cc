@@ -14,7 +14,7 @@ namespace tutelage {
 
 // The gradients that flow down while a backward runs.
 struct Transformer::Stack {
-  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk, *d_t;
+  void *dx, *d_norm, *normed, *d_pre, *activated, *d_o, *d_qkv, *d_qk;
 };
 
 namespace {
@@ -102,9 +102,8 @@ void Transformer::lay_out(Graph& g, Plan& plan) const {
     const bool fits = rows <= g.options_.logits_budget / plan.element / config_.vocab_size;
     g.z_ = keep && fits ? plan.take(rows * config_.vocab_size) : nullptr;
   }
-  g.scratch_norm_ = plan.take(n * d);
-  g.scratch_mlp_ = plan.take(n * config_.intermediate_size);
-  g.scratch_t_ = adapters_ ? plan.take(n * adapters_->widest()) : nullptr;
+  g.scratch_norm_ = plan.take(n * wide(d));
+  g.scratch_mlp_ = plan.take(n * wide(config_.intermediate_size));
 }
 
 std::int64_t Transformer::activation_bytes(std::int64_t tokens, std::int64_t sequences, const Options& options) const {
@@ -140,6 +139,9 @@ void Transformer::norm(const void* params, std::int64_t weight, std::int64_t bia
   }
 }
 
+// Where an adapter's t lies: in the scratch that does not hold x. (The MLP's may be written by the product that follows.)
+void* Transformer::t_beside(const Graph& g, const void* x) { return x == g.scratch_mlp_ ? g.scratch_norm_ : g.scratch_mlp_; }
+
 // y = x W^T + bias, with whatever else `fused` asks for (c, residual, activation ...); c has no gaps between its rows. An
 // adapter writes its share first, and the product goes on from there.
 void Transformer::linear(const Graph& g, const void* params, std::int64_t weight, std::int64_t bias, std::int64_t in,
@@ -152,8 +154,9 @@ void Transformer::linear(const Graph& g, const void* params, std::int64_t weight
   if (g.packed_ != nullptr) fused.packed = g.packed_->at(weight), fused.packed_half = g.packed_->half();
   fused.bias = bias == kAbsent ? nullptr : at(params, bias, e);
   if (const Adapters::Group* adapter = group(weight)) {
-    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, g.scratch_t_, threads);
-    adapters_->begin_output(table_, *adapter, g.adapter_, g.tokens_, g.scratch_t_, fused.c, threads);
+    void* t = t_beside(g, x);
+    adapters_->project(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, x, t, threads);
+    adapters_->begin_output(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, t, fused.c, threads);
     fused.accumulate = true;
   }
   table_.matmul(fused, threads);
@@ -373,6 +376,7 @@ const void* Transformer::head(const Graph& g, const void* params) const {
 std::shared_ptr<const PackedWeights> Transformer::pack(const void* params, bool half, int threads, void (*poll)()) const {
   const Config& c = config_;
   const std::int64_t d = c.hidden_size;
+  if (adapters_) return std::make_shared<const PackedWeights>(table_, adapters_->matrices(), params, half, threads, poll);
   std::vector<PackedWeights::Matrix> matrices;
   for (const LayerOffsets& w : layout_.layers) {
     matrices.push_back({w.qkv, c.qkv_width(), d, layout_.transposed, false});
@@ -384,7 +388,7 @@ std::shared_ptr<const PackedWeights> Transformer::pack(const void* params, bool 
   return std::make_shared<const PackedWeights>(table_, matrices, params, half, threads, poll);
 }
 
-void Transformer::generate_step(const GenerationRows& rows, const Weights& weights, const PackedWeights& packed, int threads,
+void Transformer::generate_step(const GenerationRows& rows, const Weights& weights, const Packed& packed, int threads,
                                 void (*poll)(), Draws& draws) {
   const void* params = weights.params;
   Graph g;
@@ -392,7 +396,8 @@ void Transformer::generate_step(const GenerationRows& rows, const Weights& weigh
   g.tokens_ = static_cast<std::int64_t>(rows.ids.size());
   g.sequences_ = static_cast<std::int64_t>(rows.blocks.size());
   g.rows_ = static_cast<std::int64_t>(rows.sources.size());
-  g.ids_ = rows.ids, g.positions_ = rows.positions, g.packed_ = &packed, g.rows_due_ = &rows;
+  g.ids_ = rows.ids, g.positions_ = rows.positions, g.rows_due_ = &rows;
+  g.packed_ = packed.params.get(), g.packed_adapter_ = packed.adapter.get();
   Options options;
   options.threads = threads, options.keep = false, options.poll = poll;
   g.options_ = options;
@@ -417,7 +422,7 @@ void Transformer::generate_step(const GenerationRows& rows, const Weights& weigh
   Sample s = lay_out_draws(plan);
   s.rows = g.rows_, s.hidden = config_.hidden_size, s.vocab = config_.vocab_size, s.x = g.hidden_;
   s.weight = at(params, layout_.head, table_.activation_size);
-  s.packed = packed.at(layout_.head), s.packed_half = packed.half();
+  s.packed = packed.params->at(layout_.head), s.packed_half = packed.params->half();
   s.settings = rows.settings.data(), s.tokens = draws.tokens.data();
   table_.sample(s, threads);
   for (std::size_t i = 0; i < draws.tokens.size(); ++i) {
@@ -455,6 +460,13 @@ bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
   return true;
 }
 
+// The gradient of a norm, for a kernel that adds to it; null beside adapters, where it does not learn.
+void* Transformer::own_gradient(void* grads, std::int64_t offset) {
+  if (adapters_) return nullptr;
+  settle(grads, offset, false);
+  return at(grads, offset, table_.activation_size);
+}
+
 void Transformer::finish_gradients(void* grads, int threads) {
   require_whole_gradients();
   for (const Parameter& parameter : trainable()) settle(grads, parameter.offset, false);
@@ -473,10 +485,10 @@ Transformer::Stack Transformer::lay_out_stack(const Graph& g, Plan& plan) const 
   const Config& c = config_;
   const std::int64_t n = g.tokens_;
   Stack s;
-  s.dx = plan.take(n * c.hidden_size), s.d_norm = plan.take(n * c.hidden_size);
-  s.d_pre = plan.take(n * c.pre_width()), s.d_o = plan.take(n * c.query_width()), s.d_qkv = plan.take(n * c.qkv_width());
+  s.dx = plan.take(n * c.hidden_size), s.d_norm = plan.take(n * wide(c.hidden_size));
+  s.d_pre = plan.take(n * c.pre_width()), s.d_o = plan.take(n * wide(c.query_width()));
+  s.d_qkv = plan.take(n * c.qkv_width());
   s.d_qk = c.qk_norm ? plan.take(n * (c.query_width() + c.key_width())) : nullptr;
-  s.d_t = adapters_ ? plan.take(n * adapters_->widest()) : nullptr;
   s.normed = g.scratch_norm_, s.activated = g.scratch_mlp_;
   return s;
 }
@@ -485,35 +497,33 @@ void Transformer::norm_backward(const void* params, void* grads, std::int64_t we
                                 const std::int32_t* gather, std::int64_t rows, const void* mean, const void* rstd,
                                 const void* dy, void* dx, bool accumulate, int threads) {
   const std::int64_t d = config_.hidden_size, e = table_.activation_size;
-  const bool frozen = adapters_.has_value();
-  if (!frozen) settle(grads, weight, false);
   if (config_.norm == Norm::rmsnorm) {
     RmsNormBackward n;
     n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e), n.rstd = rstd;
     n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
-    n.dweight = frozen ? nullptr : at(grads, weight, e);
+    n.dweight = own_gradient(grads, weight);
     table_.rms_norm_backward(n, threads);
   } else {
-    if (!frozen) settle(grads, bias, false);
     LayerNormBackward n;
     n.tokens = rows, n.d = d, n.x = x, n.x_row = d, n.gather = gather, n.weight = at(params, weight, e);
     n.mean = mean, n.rstd = rstd, n.dy = dy, n.dy_row = d, n.dx = dx, n.dx_row = d, n.accumulate = accumulate;
-    n.dweight = frozen ? nullptr : at(grads, weight, e), n.dbias = frozen ? nullptr : at(grads, bias, e);
+    n.dweight = own_gradient(grads, weight), n.dbias = own_gradient(grads, bias);
     table_.layer_norm_backward(n, threads);
   }
 }
 
 // dW += dy^T x and dbias += column sums of dy. The engine's one matrix may be several named parameters: all their stretches are
-// settled together, because one product writes them all. Of a frozen matrix: the gradients of its adapter, whose d_t is known.
+// settled together, because one product writes them all. Of a frozen matrix: the gradients of its adapter.
 void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
-                                  std::int64_t out, const void* x, const void* dy, const Stack& s, int threads) {
+                                  std::int64_t out, const void* x, const void* dy, const void* d_t, int threads) {
   const std::int64_t e = table_.activation_size;
   if (adapters_) {
     const Adapters::Group* adapter = adapters_->of(weight);
     if (adapter == nullptr) return;
-    adapters_->project(table_, *adapter, g.adapter_, g.tokens_, x, g.scratch_t_, threads);
+    void* t = t_beside(g, x);
+    adapters_->project(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, x, t, threads);
     auto fresh_at = [&](std::int64_t offset) { return settle(grads, offset, true); };
-    adapters_->gradients(table_, *adapter, grads, g.tokens_, x, g.scratch_t_, dy, s.d_t, fresh_at, threads);
+    adapters_->gradients(table_, *adapter, grads, g.tokens_, x, t, dy, d_t, fresh_at, threads);
     return;
   }
   bool fresh = false;
@@ -538,11 +548,12 @@ void Transformer::linear_backward(const Graph& g, const void* params, void* grad
                                   std::int64_t in, std::int64_t out, const void* x, const void* dy, void* dx, const Stack& s,
                                   int threads) {
   const Adapters::Group* adapter = group(weight);
-  if (adapter != nullptr) adapters_->project_back(table_, *adapter, g.adapter_, g.tokens_, dy, s.d_t, threads);
-  weight_gradient(g, grads, weight, bias, in, out, x, dy, s, threads);
+  void* d_t = dx == s.d_norm ? s.d_o : s.d_norm;  // whichever is free
+  if (adapter != nullptr) adapters_->project_back(table_, *adapter, g.adapter_, g.tokens_, dy, d_t, threads);
+  weight_gradient(g, grads, weight, bias, in, out, x, dy, d_t, threads);
   if (dx == nullptr) return;
   Matmul back;  // dx = dy W, or goes on from what came through the adapter
-  if (adapter != nullptr) adapters_->begin_input(table_, *adapter, g.adapter_, g.tokens_, s.d_t, dx, threads);
+  if (adapter != nullptr) adapters_->begin_input(table_, *adapter, g.adapter_, g.tokens_, d_t, dx, threads);
   back.accumulate = adapter != nullptr;
   back.m = g.tokens_, back.n = in, back.k = out;
   back.a = dy, back.a_row = out, back.a_col = 1;
@@ -572,12 +583,12 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   through_down.activated = s.activated, through_down.activated_row = f;
   through_down.pre = a.pre, through_down.pre_row = c.pre_width();
   if (const Adapters::Group* adapter = group(w.down)) {
-    adapters_->project_back(table_, *adapter, g.adapter_, n, s.dx, s.d_t, threads);
-    adapters_->begin_input(table_, *adapter, g.adapter_, n, s.d_t, s.activated, threads);
+    adapters_->project_back(table_, *adapter, g.adapter_, n, s.dx, s.d_norm, threads);
+    adapters_->begin_input(table_, *adapter, g.adapter_, n, s.d_norm, s.activated, threads);
     through_down.residual = s.activated, through_down.residual_row = f;
   }
   table_.matmul(through_down, threads);
-  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, s, threads);
+  weight_gradient(g, grads, w.down, w.down_bias, f, d, s.activated, s.dx, s.d_norm, threads);
   if (learns(w.up)) norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, n, s.normed, a.mean2, a.rstd2, threads);
   linear_backward(g, params, grads, w.up, w.up_bias, d, c.pre_width(), s.normed, s.d_pre, below_up ? s.d_norm : nullptr, s,
                   threads);
@@ -607,16 +618,13 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   if (c.qk_norm) {
     RmsNormBackward b;
     b.tokens = n, b.d = c.head_dim, b.x_row = qkv, b.dy_row = qk_row, b.dx_row = qkv;
-    const bool frozen = adapters_.has_value();
-    if (!frozen) settle(grads, w.q_norm, false);
     b.groups = c.num_attention_heads, b.x = a.qkv, b.weight = at(params, w.q_norm, e), b.rstd = a.qk_rstd;
-    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = frozen ? nullptr : at(grads, w.q_norm, e);
+    b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = own_gradient(grads, w.q_norm);
     table_.rms_norm_backward(b, threads);
-    if (!frozen) settle(grads, w.k_norm, false);
     b.groups = c.num_key_value_heads, b.x = at(static_cast<const void*>(a.qkv), q, e), b.weight = at(params, w.k_norm, e);
     b.rstd = at(static_cast<const void*>(a.qk_rstd), n * c.num_attention_heads, e);
     b.dy = at(static_cast<const void*>(s.d_qk), q, e), b.dx = at(s.d_qkv, q, e);
-    b.dweight = frozen ? nullptr : at(grads, w.k_norm, e);
+    b.dweight = own_gradient(grads, w.k_norm);
     table_.rms_norm_backward(b, threads);
   }
   if (learns(w.qkv)) norm(params, w.norm1, w.norm1_bias, a.x, nullptr, n, s.normed, a.mean1, a.rstd1, threads);

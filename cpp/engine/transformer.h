@@ -20,6 +20,7 @@
 // Test: tests/python/test_model.py, test_promises.py, test_lora.py, test_memory.py.   Benchmark: bench/train.py.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -47,6 +48,11 @@ struct Batch {
 // What a model computes with: its parameters, and an adapter's beside them where the model has one.
 struct Weights {
   const void *params = nullptr, *adapter = nullptr;
+};
+
+// The same in streaming order.
+struct Packed {
+  std::shared_ptr<const PackedWeights> params, adapter;
 };
 
 struct Options {
@@ -98,11 +104,11 @@ class Graph {
   Buffer memory_;
   std::shared_ptr<const RotaryCache> rotary_;
   const void* adapter_ = nullptr;
-  const PackedWeights* packed_ = nullptr;     // generation only: weights in streaming order ...
-  const GenerationRows* rows_due_ = nullptr;  // ... and the cache that the attention reads
+  const PackedWeights *packed_ = nullptr, *packed_adapter_ = nullptr;  // generation only: weights in streaming order ...
+  const GenerationRows* rows_due_ = nullptr;                           // ... and the cache that the attention reads
   std::vector<BlockActivations> blocks_;
   void *x_out_ = nullptr, *mean_ = nullptr, *rstd_ = nullptr, *hidden_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
-  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr, *scratch_t_ = nullptr;
+  void *z_ = nullptr, *scratch_norm_ = nullptr, *scratch_mlp_ = nullptr;
   bool used_ = false;
 };
 
@@ -126,11 +132,12 @@ class Transformer {
   // scalar head. values [tokens].
   std::unique_ptr<Graph> values(const Batch& batch, const Weights& weights, const Options& options, void* values);
 
-  // Every matrix in streaming order, for generate_step. With half: as bfloat16, exact where params were rounded to it.
+  // Every matrix of what learns in streaming order, for generate_step. With half: as bfloat16, exact where params were rounded
+  // to it.
   std::shared_ptr<const PackedWeights> pack(const void* params, bool half, int threads, void (*poll)()) const;
   // lm head. Runs the rows through all blocks, appends their keys and values to the cache and draws.
-  void generate_step(const GenerationRows& rows, const Weights& weights, const PackedWeights& packed, int threads,
-                     void (*poll)(), Draws& draws);
+  void generate_step(const GenerationRows& rows, const Weights& weights, const Packed& packed, int threads, void (*poll)(),
+                     Draws& draws);
 
   // Adds d loss / d (what learns) to grads. Once a graph; the weights must be those of the forward.
   void backward_score(Graph& graph, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
@@ -171,13 +178,16 @@ class Transformer {
               const void* x, std::int64_t x_row, Matmul fused, int threads) const;
   AttentionShape attention_shape(const Graph& g) const;
   const void* head(const Graph& g, const void* params) const;
+  static void* t_beside(const Graph& g, const void* x);
   const Adapters::Group* group(std::int64_t weight) const { return adapters_ ? adapters_->of(weight) : nullptr; }
+  std::int64_t wide(std::int64_t width) const { return adapters_ ? std::max(width, adapters_->widest()) : width; }
   bool learns(std::int64_t weight) const { return !adapters_ || adapters_->of(weight) != nullptr; }
   void linear_backward(const Graph& g, const void* params, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
                        std::int64_t out, const void* x, const void* dy, void* dx, const Stack& s, int threads);
   void weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in, std::int64_t out,
-                       const void* x, const void* dy, const Stack& s, int threads);
+                       const void* x, const void* dy, const void* d_t, int threads);
   bool settle(void* grads, std::int64_t offset, bool overwritten);
+  void* own_gradient(void* grads, std::int64_t offset);
   void require_whole_gradients() const;
 
   const Config config_;

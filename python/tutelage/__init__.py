@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tutelage.data.examples import split_examples as split_examples
     from tutelage.data.tokenizer import Tokenizer as Tokenizer
     from tutelage.data.tokenizer import train_tokenizer as train_tokenizer
+    from tutelage.lora import LoraConfig as LoraConfig
     from tutelage.model import Model as Model
     from tutelage.model import Score as Score
     from tutelage.optimizer import AdamW as AdamW
@@ -47,6 +48,7 @@ _HOMES = {
     "Example": "data.examples",
     "ExampleSet": "data.examples",
     "Interrupted": "rollouts",
+    "LoraConfig": "lora",
     "Model": "model",
     "ModelConfig": "config",
     "NonFiniteGradientError": "optimizer",

@@ -116,6 +116,7 @@ class Transformer:
         self,
         weights: tuple[Tensor, Tensor | None],
         packed: PackedWeights,
+        packed_adapter: PackedWeights | None,
         options: GeneratorOptions,
         token_bytes: list[bytes],
     ) -> Generator: ...

@@ -271,13 +271,18 @@ class Model:
             self._rounded = (version, rounded)
         return self._rounded[1]
 
+    def _streams(self) -> tuple[_core.PackedWeights, _core.PackedWeights | None]:
+        """What generation reads. All adapters stream the one copy of their base's weights."""
+        own = self._packed_weights()
+        return (own, None) if self.base is None else (self.base._packed_weights(), own)
+
     def _packed_weights(self) -> _core.PackedWeights:
-        if self.base is not None:  # all adapters stream the one copy of the base's
-            return self.base._packed_weights()
         version = self.params._version
         if self._packed is None or self._packed[0] != version:
             self._packed = None  # before the new one is made: never two at a time
-            self._packed = (version, self._engine.pack(self._matrices(), self.weights == "bfloat16", torch.get_num_threads()))
+            half = self.weights == "bfloat16" and self.base is None  # an adapter stays as it is
+            weights = self._matrices() if self.base is None else self.params
+            self._packed = (version, self._engine.pack(weights, half, torch.get_num_threads()))
         return self._packed[1]
 
     # ---- parameters and gradients

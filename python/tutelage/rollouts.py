@@ -179,7 +179,7 @@ class Generation:
         self._model = model
         self._stop_strings = stop_bytes
         self._prompts = [torch.tensor(prompt, dtype=torch.int32) for prompt in ids for _ in range(settings.samples_per_prompt)]
-        self._generator = model._engine.generator(model._weights(), model._packed_weights(), options, spelling)
+        self._generator = model._engine.generator(model._weights(), *model._streams(), options, spelling)
         before: Counter[tuple[int, tuple[int, ...]]] = Counter()  # equal prompts are further samples of one prompt
         for prompt, limit, seed in zip(ids, limits, seeds, strict=True):
             same = (seed, tuple(prompt))

@@ -22,7 +22,7 @@ Config small_config() {
 struct Small {
   Transformer model;
   std::vector<float> params, adapter;
-  std::shared_ptr<const PackedWeights> packed;
+  Packed packed;
   Small() : model(small_config(), *float_tables().back()) { fill(); }
   explicit Small(const AdapterOptions& options) : model(small_config(), *float_tables().back(), Head::lm, options) {
     adapter.resize(static_cast<std::size_t>(model.size()));
@@ -36,7 +36,8 @@ struct Small {
   void fill() {
     params.resize(static_cast<std::size_t>(model.layout().size));
     initialise(model.config(), model.layout().parameters, 1, 0, params.data(), 1);
-    packed = model.pack(params.data(), false, 2, nullptr);
+    packed.params = Transformer(small_config(), model.table()).pack(params.data(), false, 2, nullptr);
+    if (!adapter.empty()) packed.adapter = model.pack(adapter.data(), false, 2, nullptr);
   }
 };
 
@@ -92,6 +93,8 @@ TEST(adapters_keep_that) {
       CHECK(
           same_bits(generate(s, {.kv_cache_bytes = 5 * block(s), .prefill_chunk = chunk, .threads = 2}, requests()), expected),
           chunk);
+    s.packed.adapter = nullptr;
+    CHECK(same_bits(generate(s, {.kv_cache_bytes = 5 * block(s)}, requests()), expected), "from the plain matrices");
     Small bare;
     CHECK(!same_bits(generate(bare, {.kv_cache_bytes = 100 * block(s)}, requests()), expected), "control: they do something");
   }

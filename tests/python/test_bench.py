@@ -382,7 +382,7 @@ def test_bench_rollout(tiny: None, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(rollout, "WINDOW_SECONDS", 0.01)
     monkeypatch.setattr(llama_cpp, "installed", lambda: True)
     monkeypatch.setattr(llama_cpp, "LlamaCpp", FakeLlamaCpp)
-    line = bench.run(RolloutConfig(batch=(1, 3), rounds=2))
+    line = bench.run(RolloutConfig(batch=(1, 3), rounds=2, lora_rank=2))
     check(line, capsys.readouterr().out)
     cases = [(m["phase"], m["shape"], m["unit"]) for m in line["results"]]
     assert cases == [
@@ -397,7 +397,8 @@ def test_bench_rollout(tiny: None, capsys: pytest.CaptureFixture[str], monkeypat
     for m in line["results"]:
         half = m["shape"].endswith("bfloat16")
         llama = {"llama.cpp F16", "llama.cpp BF16"} if half else {"llama.cpp F32"}
-        assert set(m["ratios"]) == ({"transformers", *llama} if m["phase"] == "decode" else set())
+        peers = {"transformers", "adapter of rank 2", *llama}
+        assert set(m["ratios"]) == (peers if m["phase"] == "decode" else set())
         assert m["rates"]["ours"]["median"] > 0 and m["fractions"]["ours"]["median"] > 0
     with pytest.raises(ValueError, match=r"each at least 1, but it is \(0,\)"):
         bench.run(RolloutConfig(batch=(0,)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from models_for_tests import (
@@ -54,7 +57,7 @@ def test_an_adapter_shares_its_base_and_owns_what_learns() -> None:
     policy, critic = base.with_lora(rank=2, seed=1), base.with_lora(rank=3, head="scalar", seed=2)
     assert policy.base is base and critic.base is base
     assert policy._weights()[0] is critic._weights()[0] is base.params
-    assert policy._packed_weights() is base._packed_weights()
+    assert policy._streams()[0] is base._packed_weights()
     names = {name: list(view.shape) for name, view in policy.named_parameters()}
     assert names["model.layers.1.self_attn.k_proj.lora_A.weight"] == [2, 48]
     assert names["model.layers.1.self_attn.k_proj.lora_B.weight"] == [16, 2]
@@ -121,6 +124,19 @@ def test_what_cannot_be_is_refused() -> None:
         out.logprobs.sum().backward()
 
 
+def test_the_core_wants_the_adapter_where_there_is_one() -> None:
+    base = tiny_model("llama")
+    policy = base.with_lora(rank=2)
+    batch = batch_for(base, LENGTHS)
+    outputs = torch.empty(batch.tokens.numel()), torch.empty(batch.tokens.numel())
+    options = 1.0, False, False, 0, 1
+    for model, weights in ((base, (base.params, base.params)), (policy, (base.params, None))):
+        with pytest.raises(ValueError, match="weights: a model with adapters, and no other, has two"):
+            model._engine.score(weights, batch.tokens, batch.cu_seqlens, *outputs, *options)
+    with pytest.raises(ValueError, match="argument 'adapter' must have shape"):
+        policy._engine.score((base.params, base.params), batch.tokens, batch.cu_seqlens, *outputs, *options)
+
+
 def test_a_clone_shares_the_base_and_a_double_does_not() -> None:
     policy = lora_model("llama")
     other, double = policy.clone(), policy.double()
@@ -161,10 +177,10 @@ def test_generation_sees_every_change_of_the_adapter() -> None:
     policy = lora_model("llama")
     prompts = sequences([4, 6], 275)
     before = policy.generate(prompts, max_new_tokens=8)
-    packed = policy._packed_weights()
+    packed = policy._streams()[0]
     policy.params.mul_(3)
     assert bits(*policy.generate(prompts, max_new_tokens=8).logprobs) != bits(*before.logprobs)
-    assert policy._packed_weights() is packed, "the base did not change"
+    assert policy._streams()[0] is packed, "the base did not change"
 
 
 # ---- gradients
@@ -212,6 +228,25 @@ def test_nothing_is_kept_of_a_backward() -> None:
     before = _core.memory_use()["in_use"]
     backward(policy, batch)
     assert _core.memory_use()["in_use"] <= before
+
+
+@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("rank", [3, 200])
+def test_activations_take_the_memory_that_they_take_without(kind: str, rank: int) -> None:
+    """t lies in scratch that is there anyway, unless a rank is wider than the MLP; the gradients are right there too."""
+    policy = lora_model(kind, rank=rank)
+    assert policy.base is not None
+    ours, theirs = (model.activation_bytes(100, 3) for model in (policy, policy.base))
+    assert ours == theirs if rank == 3 else theirs < ours < theirs + 100 * 4 * 3 * 2 * rank
+    batch = batch_for(policy, [40, 3, 17])
+    expected = gradient_bits(policy, batch)
+    policy.zero_grad()
+    for part in batch.split(43):
+        out = policy.score(part)
+        first = 0 if part.tokens.numel() == 43 else 43
+        where = slice(first, first + part.tokens.numel())
+        torch.autograd.backward([out.logprobs, out.entropy], [randn(batch.tokens.float(), seed)[where] for seed in (0, 1)])
+    assert bits(policy.grads) == expected
 
 
 def test_recomputed_blocks_and_logits_give_the_same_gradients() -> None:
@@ -318,7 +353,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task_type": "SEQ_2_SEQ_LM"}, "task_type must be one of CAUSAL_LM, SEQ_CLS, but it is"),
     "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported (only a reward model's score)"),
     "base": ({"base_model_name_or_path": "org/name"}, "base_model_name_or_path is 'org/name', which is no folder here"),
-    "shape": ({"r": 3}, "lora_A.weight must have shape [3, 48], but it has [2, 48]"),
+    "shape": (
+        {"r": 3},
+        "q_proj.lora_A.weight has shape [2, 48]), but it is 3",
+    ),
     "missing": ({"target_modules": ["q_proj", "k_proj"]}, "lacks the tensors model.layers.0.self_attn.k_proj.lora_A.weight"),
     "unexpected": (
         {"target_modules": ["q_proj"]},
@@ -341,11 +379,31 @@ def test_a_folder_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> Non
     assert "adapter" in str(error.value)
 
 
+@given(st.sampled_from([*REFUSED]), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+@settings(max_examples=60, deadline=None)
+def test_any_value_of_any_field_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, case: str, value: Any) -> None:
+    folder = tmp_path_factory.mktemp("fuzzed")
+    policy = lora_model("llama", targets=("q_proj",), rank=2)
+    policy.save_adapter(folder)
+    path = folder / "adapter_config.json"
+    changed = dict.fromkeys(REFUSED[case][0], value)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    assert policy.base is not None
+    with contextlib.suppress(ValueError):
+        Model.load_adapter(policy.base, folder)
+
+
 def test_other_damage_is_named(tmp_path: Path) -> None:
-    policy = lora_model("llama")
+    policy = lora_model("llama", head="scalar")
+    policy.reward_bias = 0.5
     policy.save_adapter(tmp_path)
     assert policy.base is not None
     weights = tmp_path / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    for wrong in (b"nan", b"0,5"):
+        weights.write_bytes(content.replace(b'"0.5"', b'"' + wrong + b'"'))
+        with pytest.raises(ValueError, match=rf"reward_bias must be a finite number, but it is '{wrong.decode()}'"):
+            Model.load_adapter(policy.base, tmp_path)
     content = weights.read_bytes()
     weights.write_bytes(content[:100])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is no safetensors file, or damaged"):

@@ -21,6 +21,7 @@ from runs_for_tests import digest, kill_rounds, killed_and_resumed, uninterrupte
 from trying_for_tests import ANSWER, newest, save_policy, save_prompts
 from tutelage import Model
 from tutelage.checkpoint import load_checkpoint
+from tutelage.cli import main
 from tutelage.hub import hugging_face
 from tutelage.train.configs import DpoConfig, SftConfig
 from tutelage.train.picture import read_metrics
@@ -214,6 +215,18 @@ def test_an_adapters_folder_is_trained_on(world: World, tmp_path: Path) -> None:
         "up_proj down_proj: give the same to train it on, or merge it into a model first (--lora_merge)"
     )):  # fmt: skip
         start(dataclasses.replace(config, lora_rank=4), "lm")
+
+
+def test_the_other_commands_take_an_adapters_folder(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(run("sft", world, tmp_path / "run", max_steps=2).folder)
+    assert main(["generate", "--model", folder, "--prompt", "say 3", "--max_new_tokens", "4", "--weights", "bfloat16"]) == 0
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "say 3", "completion": " it is 1"}])
+    assert main(["eval", "kl", "--model", folder, "--against", str(world.base), "--data", str(rows)]) == 0
+    assert main(["data", "check", str(world.rows["sft"]), "--model", folder]) == 0
+    config = tmp_path / "run" / "model" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(world.base), str(tmp_path / "nowhere")))
+    assert main(["generate", "--model", folder, "--prompt", "say 3"]) == 2
+    assert "which is no folder here (tutelage downloads nothing)" in capsys.readouterr().err
 
 
 def test_before_is_the_base_until_the_adapter_has_learned(world: World) -> None:

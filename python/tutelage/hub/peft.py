@@ -125,6 +125,10 @@ def read_config(folder: str | Path) -> AdapterFolder:
         raise wrong("use_rslora", "must be true or false")
     with open_weights(_weights(folder)) as file:
         has_score, metadata = _PREFIX + _SCORE in file.keys(), file.metadata() or {}  # noqa: SIM118 (no dict)
+        for stored in file.keys():  # noqa: SIM118
+            shape = file.get_slice(stored).get_shape()
+            if stored.endswith(".lora_A.weight") and shape[:1] != [rank]:  # or a wrong r would allocate what it likes
+                raise wrong("r", f"must be the rank of the tensors ({stored} has shape {shape})")
     task: Any = values.get("task_type")
     if task not in (*_TASKS, None):
         raise wrong("task_type", f"must be one of {', '.join(_TASKS)}")

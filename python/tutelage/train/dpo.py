@@ -35,6 +35,7 @@ from tutelage.train.tuning import (
     TuningResult,
     UserObjective,
     base_model,
+    before,
     check_rows,
     check_same,
     checked,
@@ -287,7 +288,9 @@ class _Reference:
         self._pairs = dict(zip(rows, pairs, strict=True))
         self._logps: dict[Row, list[float]] = {}
         if isinstance(config, DpoConfig) and config.loss_type != "simpo":
-            reference = model if config.ref_model is None else load_reference(config.ref_model, model, longest)
+            reference = model if model.base is None else before(model)
+            if config.ref_model is not None:
+                reference = load_reference(config.ref_model, model, longest)
             batch = packed([sequence for pair in pairs for sequence in pair])
             self.key, found = reference_logps(run, reference, batch, self._max_tokens, disk)
             self._logps = dict(zip(rows, found.view(-1, 2).tolist(), strict=True))

@@ -106,7 +106,7 @@ def _win_rate(config: EvalConfig) -> Figures:
     for folder in (config.model, config.against):
         model, tokenizer = _model(folder)
         prompts = _prompts(config, tokenizer)
-        reward_model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer)
+        reward_model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer, model.base)
         answers.append(_answers(config, model, prompts))
         if reward_model is not None:
             rewards.append(sequence_rewards(reward_model, answers[-1].pack(), config.micro_batch_tokens).tolist())
@@ -134,7 +134,7 @@ def _kl(config: EvalConfig) -> Figures:
 def _reward(config: EvalConfig) -> Figures:
     assert config.reward_model is not None  # the config has checked it
     model, tokenizer = _model(config.model)
-    reward_model = load_reward_model(config.reward_model, tokenizer)
+    reward_model = load_reward_model(config.reward_model, tokenizer, model.base)
     answers = _answers(config, model, _prompts(config, tokenizer))
     rewards = sequence_rewards(reward_model, answers.pack(), config.micro_batch_tokens).tolist()
     mean = math.fsum(rewards) / len(rewards)
