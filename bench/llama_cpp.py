@@ -4,6 +4,7 @@ package, extra ``[bench-llama]``)."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import time
@@ -12,76 +13,27 @@ from typing import Any
 
 import torch
 
+from tutelage import files
+from tutelage.hub import gguf_model
+from tutelage.hub.gguf_file import gguf_chunks
 from tutelage.model import Model
-
-# What of Hugging Face's names llama.cpp calls by others.
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def installed() -> bool:
-    """Whether the peer and the writer of its files can be imported."""
-    return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
+    """Whether the peer can be imported."""
+    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def write_gguf(model: Model, path: Path, kind: str) -> None:
-    """A Llama without a tokenizer, its matrices of `kind` "F32", "F16" or "BF16".
-
-    llama.cpp rotates neighbouring features, Hugging Face's layout the two halves of a head: the rows of q and k are
-    interleaved for it.
-    """
-    gguf: Any = importlib.import_module("gguf")
-    c = model.config
-    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads or c.num_attention_heads
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(c.head_width)
-    writer.add_value_length(c.head_width)
-    writer.add_rope_dimension_count(c.head_width)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    for name, weight in model.named_parameters():
-        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in name:
-                weight = weight.view(count, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        data = weight.contiguous().numpy()
-        if weight.dim() == 2:
-            quantized = getattr(gguf.GGMLQuantizationType, kind)
-            writer.add_tensor(_their_name(name), gguf.quants.quantize(data, quantized), raw_dtype=quantized)
-        else:
-            writer.add_tensor(_their_name(name), data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _their_name(name: str) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
-    _, _, layer, *part, kind = name.split(".")
-    return f"blk.{layer}.{_LAYER_NAMES['.'.join(part)]}.{kind}"
+    """A model without a tokenizer, its matrices of `kind` "F32", "F16" or "BF16"."""
+    architecture, described = gguf_model.describe(model.config, path)
+    weights = model.state_dict()
+    tensors = [
+        place.to_write(kind, functools.partial(weights.__getitem__, place.ours))
+        for place in gguf_model.places(model.config, architecture)
+    ]
+    metadata = {"general.architecture": architecture, **described, "tokenizer.ggml.model": "no_vocab"}
+    files.write_file_atomic(path, gguf_chunks(metadata, [*tensors, *gguf_model.extra_tensors(model.config)]))
 
 
 class LlamaCpp:

@@ -63,6 +63,7 @@ _LARGEST_RANK = 4
 # Vocabularies of 256,000 tokens have headers of 10 MB; a list of strings takes some ten times its bytes in memory.
 _HEADER_BYTES = 64 << 20
 _LONGEST_NAME = 1 << 16
+_LARGEST_QUANTISED = 127 * 65504.0
 _PIECE_ELEMENTS = 4 << 20  # of a tensor in memory at a time: 16 MiB as float32
 
 
@@ -355,11 +356,14 @@ def _packed_value(value: Any) -> bytes:
 
 
 def _encode(piece: torch.Tensor, tensor: TensorToWrite) -> Buffer:
+    stored = piece.to(DTYPES.get(tensor.type, torch.float32)).contiguous()
+    # A block's scale is float16: its largest number / 127 (Q8_0).
+    fits = stored.abs().max() < _LARGEST_QUANTISED if tensor.type not in DTYPES else torch.isfinite(stored).all()
+    if not bool(fits):  # NaN is not below anything
+        raise ValueError(f"{tensor.name} holds a number that {tensor.type} cannot hold")
     if tensor.type in DTYPES:
-        stored = piece.to(DTYPES[tensor.type]).contiguous()
-        if not bool(torch.isfinite(stored).all()):
-            raise ValueError(f"{tensor.name} holds a number that {tensor.type} cannot hold: choose float32 or bfloat16")
-        return stored.view(torch.uint8).numpy().data
+        data: Buffer = stored.view(torch.uint8).numpy().data
+        return data
     gguf = library()
-    blocks: np.ndarray[Any, Any] = gguf.quants.quantize(piece.numpy(), gguf.GGMLQuantizationType[tensor.type])
+    blocks: np.ndarray[Any, Any] = gguf.quants.quantize(stored.numpy(), gguf.GGMLQuantizationType[tensor.type])
     return blocks.data

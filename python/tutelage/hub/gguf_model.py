@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from tutelage.config import ModelConfig
 from tutelage.hub.gguf_file import DTYPES, GgufFile, TensorToWrite, Value
+from tutelage.hub.hugging_face import WEIGHTS
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 
@@ -69,6 +71,11 @@ class Place:
     transposed: bool = False
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the file's type applies to it: llama.cpp wants norms, biases and learned positions in float32."""
+        return len(self.shape) == 2 and self.theirs != "position_embd.weight"
+
+    @property
     def their_shape(self) -> tuple[int, ...]:
         """Its shape in the GGUF file, in torch's order."""
         return self.shape[::-1] if self.transposed else self.shape
@@ -84,6 +91,12 @@ class Place:
         if self.heads:
             return tensor.view(self.heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         return tensor.T.contiguous() if self.transposed else tensor
+
+    def to_write(self, kind: str, load: Callable[[], torch.Tensor]) -> TensorToWrite:
+        """This tensor for a file whose matrices are of `kind`; `load` gives it in Hugging Face's layout."""
+        return TensorToWrite(
+            self.theirs, self.their_shape, kind if self.is_matrix else "F32", lambda: iter([self.to_theirs(load())])
+        )
 
 
 def places(config: ModelConfig, architecture: str) -> list[Place]:
@@ -377,7 +390,7 @@ def _read_rope_factors(fields: _Fields, width: int, theta: float) -> dict[str, A
 
 
 def rope_factors(scaling: Mapping[str, Any], width: int, theta: float) -> torch.Tensor:
-    """What Llama 3's scaling divides each frequency by: float32 [width / 2] (Grattafiori et al. 2024, as transformers has it)."""
+    """What Llama 3's scaling divides each frequency by: float32 [width / 2] (Grattafiori et al. 2024)."""
     frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
@@ -416,6 +429,16 @@ def describe(config: ModelConfig, path: Path) -> tuple[str, dict[str, Value]]:
             **_describe_rope_scaling(config),
         }
     return architecture, {f"{architecture}.{name}": value for name, value in metadata.items()}
+
+
+def stored_dtype(folder: Path) -> str:
+    """What the weights of a folder are stored as: "float16" or "bfloat16" where all are, else "float32"."""
+    paths = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("model-*.safetensors"))
+    kinds = set()
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
+    return {"F16": "float16", "BF16": "bfloat16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
 def extra_tensors(config: ModelConfig) -> list[TensorToWrite]:

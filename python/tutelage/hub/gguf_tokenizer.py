@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer as the files of a Hugging Face folder.
+"""A GGUF file's tokenizer as the files of a Hugging Face folder, and back.
 
 Byte-level BPE (tokenizer.ggml.model "gpt2"): tokens and merges are in the file, the rule that splits text before the
 merges only by a name. The names of `PRE_TOKENIZERS` are known with the rule that the models' own tokenizer.json has;
@@ -9,11 +9,11 @@ transformers' conversion.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -22,7 +22,10 @@ from tutelage.hub.gguf_file import GgufFile, Value
 
 _MODEL = "tokenizer.ggml.model"
 _PRE = "tokenizer.ggml.pre"
+_TEMPLATE = "tokenizer.chat_template"
+_TEMPLATE_NAMES = "tokenizer.chat_templates"  # of further ones: tokenizer.chat_template.<name>
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 _BLANK = "\u2581"  # SentencePiece's space
 
 
@@ -97,6 +100,9 @@ class _Reader:
         self.metadata = file.metadata
         self.tokens = self._tokens(vocab_size)
         self.types = self._types()
+        for number in map(self._id, _SPECIAL_IDS):
+            if number is not None and self.types[number] == _UNUSED:  # but named: it is used
+                self.types[number] = _CONTROL
 
     def read(self) -> tuple[dict[str, bytes], tuple[int, ...]]:
         kind = self._string(_MODEL)
@@ -111,10 +117,16 @@ class _Reader:
             number = self._id(theirs)
             if number is not None:
                 config[f"{ours}_token"] = self.tokens[number]
-        contents = {"tokenizer.json": _json(document), "tokenizer_config.json": _json(config)}
-        template = self.metadata.get("tokenizer.chat_template")
-        if template is not None:
-            contents["chat_template.jinja"] = self._string("tokenizer.chat_template").encode()
+        contents = {"tokenizer.json": _json(document)}
+        names = self._strings(_TEMPLATE_NAMES) if _TEMPLATE_NAMES in self.metadata else []
+        if names:
+            templates = {"default": _TEMPLATE} | {name: f"{_TEMPLATE}.{name}" for name in names}
+            config["chat_template"] = [
+                {"name": name, "template": self._string(key)} for name, key in templates.items() if key in self.metadata
+            ]
+        elif _TEMPLATE in self.metadata:
+            contents["chat_template.jinja"] = self._string(_TEMPLATE).encode()
+        contents["tokenizer_config.json"] = _json(config)
         self._check(contents)
         ends = [number for number in map(self._id, ("eos", "eot", "eom")) if number is not None]
         return contents, tuple(dict.fromkeys(ends))
@@ -233,11 +245,12 @@ class _Reader:
         }
 
     def _vocabulary(self) -> dict[str, int]:
-        """What the model of tokenizer.json knows. The library numbers added tokens on from there, so those in front
-        of a normal one are in it too."""
-        plain = [number for number, kind in enumerate(self.types) if kind in (_NORMAL, _BYTE)]
-        end = plain[-1] + 1 if plain else 0
-        return {token: number for number, token in enumerate(self.tokens[:end]) if self.types[number] != _UNUSED}
+        """What the model of tokenizer.json knows. The library gives added tokens the ids behind it, so only those that
+        come last, without a gap, may be left out (as Llama 3's and Qwen's files do)."""
+        used = [number for number, kind in enumerate(self.types) if kind != _UNUSED]
+        plain = [number for number in used if self.types[number] in (_NORMAL, _BYTE)]
+        end = plain[-1] + 1 if plain and used == list(range(len(used))) else len(self.tokens)
+        return {self.tokens[number]: number for number in used if number < end}
 
     def _byte_level(self) -> dict[str, Any]:
         name = self.metadata.get(_PRE, "default")
@@ -255,7 +268,7 @@ class _Reader:
 
     def _merges(self) -> list[tuple[str, str]]:
         name = "tokenizer.ggml.merges"
-        known = set(self.tokens)
+        known = self._vocabulary().keys()
         merges = []
         for number, merge in enumerate(self._strings(name)):
             left, _, right = merge.partition(" ")
@@ -336,3 +349,158 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [merge[3:] for merge in merges]
+
+
+# --- out ----------------------------------------------------------------------------------------------------
+
+
+def describe_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int], where: str) -> dict[str, Value]:
+    """The metadata of a tokenizer for llama.cpp, which then has the same ids for every text.
+
+    Args:
+        vocab_size: the model's; ids that the tokenizer has not are padded with unused tokens.
+        eos_token_ids: what ends the model's answers; at most three.
+        where: what an error calls the tokenizer.
+
+    Raises ValueError naming the part of tokenizer.json that llama.cpp has not.
+    """
+    return _Writer(tokenizer, vocab_size, where).describe(eos_token_ids)
+
+
+class _Writer:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+        self.tokenizer = tokenizer
+        self.where = where
+        self.document: dict[str, Any] = json.loads(tokenizer.contents["tokenizer.json"])
+        self.model: dict[str, Any] = self.document["model"]
+        self.config: dict[str, Any] = json.loads(tokenizer.contents.get("tokenizer_config.json", b"{}"))
+        self.ids: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+        if tokenizer.vocab_size > vocab_size:
+            self._fail(f"has {tokenizer.vocab_size} tokens, but the model has {vocab_size} ids")
+        self.tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+        self.types = [_UNUSED] * vocab_size
+        for token, number in self.ids.items():
+            self.tokens[number], self.types[number] = token, _NORMAL
+        for added in self.document.get("added_tokens", []):
+            for option in ("lstrip", "rstrip", "single_word"):
+                if added.get(option):
+                    self._fail(f"has the added token {added['content']!r} with {option}, which llama.cpp has not")
+            self.types[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
+
+    def describe(self, eos_token_ids: Sequence[int]) -> dict[str, Value]:
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if self.model.get(option):
+                self._fail(f"has {option} = {self.model[option]!r}, which llama.cpp has not")
+        if self.model.get("type") != "BPE":
+            self._fail(f"is a {self.model.get('type')}: only BPE can be converted")
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in self.model["merges"]]
+        kind = self._sentencepiece(merges) if self.model.get("byte_fallback") else self._byte_level(merges)
+        described: dict[str, Value] = {
+            **kind,
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.token_type": np.array(self.types, np.int32),  # type: ignore[dict-item]
+            **self._special_ids(eos_token_ids),
+            **self._templates(),
+        }
+        return described
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise ValueError(f"{self.where}: tokenizer.json {problem}")
+
+    def _byte_level(self, merges: Sequence[tuple[str, ...]]) -> dict[str, Value]:
+        rule = _canonical(self.document.get("pre_tokenizer"))
+        names = [
+            name
+            for name, pre in PRE_TOKENIZERS.items()
+            if rule == _canonical(pre.rule)
+            and self.document.get("normalizer") == pre.normalizer
+            and bool(self.model.get("ignore_merges")) == pre.ignore_merges
+        ]
+        if not names:
+            self._fail(
+                f"splits text by a rule (pre_tokenizer, normalizer, ignore_merges) that is none of {', '.join(PRE_TOKENIZERS)}"
+            )
+        return {
+            _MODEL: "gpt2",
+            _PRE: names[0],
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+            "tokenizer.ggml.add_space_prefix": False,
+        }
+
+    def _sentencepiece(self, merges: Sequence[tuple[str, ...]]) -> dict[str, Value]:
+        normalizer = self.document.get("normalizer")
+        prefixes = [prefix for prefix in (True, False) if normalizer == sentencepiece_rules(prefix)["normalizer"]]
+        if not prefixes or self.document.get("pre_tokenizer") is not None:
+            self._fail("treats blanks in another way (normalizer, pre_tokenizer) than Llama 2's, which llama.cpp has not")
+        for number, token in enumerate(self.tokens):
+            if token == self.model.get("unk_token"):
+                self.types[number] = _UNKNOWN
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                self.types[number] = _BYTE
+        ranks: dict[str, int] = {}
+        for pair in merges:
+            ranks.setdefault("".join(pair), len(ranks))
+        scores = np.zeros(len(self.tokens), np.float32)
+        for number, token in enumerate(self.tokens):
+            if self.types[number] in (_NORMAL, _USER_DEFINED):
+                scores[number] = -ranks.get(token, len(ranks) + number)
+        pieces = {t: float(scores[i]) for i, t in enumerate(self.tokens) if self.types[i] in (_NORMAL, _USER_DEFINED)}
+        if merges_of(pieces) != list(merges):
+            self._fail("has merges that do not follow from scores of its tokens, as llama.cpp needs them")
+        return {
+            _MODEL: "llama",
+            _PRE: "default",
+            "tokenizer.ggml.scores": scores,  # type: ignore[dict-item]
+            "tokenizer.ggml.add_space_prefix": prefixes[0],
+        }
+
+    def _special_ids(self, eos_token_ids: Sequence[int]) -> dict[str, Value]:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ends = list(dict.fromkeys(eos_token_ids))
+        if eos is not None:  # the tokenizer's own first, where the model stops at it
+            ends = [eos, *(number for number in ends if number != eos)] if eos in ends or not ends else ends
+        if len(ends) > 3:
+            self._fail(f"goes with a model that has {len(ends)} eos ids; llama.cpp has place for 3 (eos, eot, eom)")
+        found: dict[str, Value] = {}
+        for kind, number in (("bos", bos), *zip(("eos", "eot", "eom"), ends, strict=False)):
+            if number is not None:
+                found[f"tokenizer.ggml.{kind}_token_id"] = number
+        for ours, theirs in (("unk", "unknown"), ("pad", "padding")):
+            token = self.config.get(f"{ours}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token in self.ids:
+                found[f"tokenizer.ggml.{theirs}_token_id"] = self.ids[token]
+        around = self.tokenizer.backend.encode("", add_special_tokens=True).ids
+        wanted = {
+            (with_bos, with_eos): [bos] * with_bos + [eos] * with_eos
+            for with_bos in (False, True)
+            for with_eos in (False, True)
+        }
+        for (with_bos, with_eos), ids in wanted.items():
+            if around == ids:
+                return found | {"tokenizer.ggml.add_bos_token": with_bos, "tokenizer.ggml.add_eos_token": with_eos}
+        self._fail(f"puts the ids {around} around every text (post_processor); llama.cpp can add bos and eos")
+
+    def _templates(self) -> dict[str, Value]:
+        template: Any = self.config.get("chat_template")
+        if "chat_template.jinja" in self.tokenizer.contents:
+            template = self.tokenizer.contents["chat_template.jinja"].decode()
+        if template is None:
+            return {}
+        if isinstance(template, str):
+            return {_TEMPLATE: template}
+        named = {entry["name"]: entry["template"] for entry in template}
+        found: dict[str, Value] = {f"{_TEMPLATE}.{name}": text for name, text in named.items() if name != "default"}
+        if "default" in named:
+            found[_TEMPLATE] = named["default"]
+        return found | {_TEMPLATE_NAMES: [name for name in named if name != "default"]}
+
+
+def _canonical(rule: Any) -> Any:
+    """A pre-tokenizer without what does not change the ids."""
+    if not isinstance(rule, dict):
+        return rule
+    if rule.get("type") == "Sequence":
+        parts = [_canonical(part) for part in rule.get("pretokenizers", [])]
+        return parts[0] if len(parts) == 1 else parts
+    return {name: value for name, value in rule.items() if name != "trim_offsets"}

@@ -774,9 +774,9 @@ class EvalConfig:
 class ConvertConfig:
     """Make a Hugging Face folder of a GGUF file, or a GGUF file of a folder: `tutelage convert SOURCE TARGET`.
 
-    `tutelage convert model.gguf folder/` makes a folder that tutelage trains and transformers loads: config.json, the weights,
-    the tokenizer and the chat template. `tutelage convert folder/ model.gguf` makes a file that llama.cpp runs. Needs
-    quantised weights or q8_0 the gguf package: pip install 'tutelage[hub]'.
+    `tutelage convert model.gguf folder/` makes a folder that tutelage trains and transformers loads: config.json, weights,
+    tokenizer and chat template. `tutelage convert folder/ model.gguf` makes a file that llama.cpp runs. Llama, Mistral,
+    SmolLM, Qwen2, Qwen3 and GPT-2. Quantised weights need the gguf package: pip install 'tutelage[hub]'.
     """
 
     source: str = ""
@@ -784,8 +784,8 @@ class ConvertConfig:
     target: str = ""
     """Folder or GGUF file to write; may stand behind the source without --target."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0"] = "auto"
-    """What to store the matrices as. auto: as they are; quantised weights become float32, which holds them exactly. q8_0: 8 bits
-    in blocks of 32, for a GGUF file only."""
+    """What to store the matrices as. auto: as they are; quantised weights become float32, which holds them exactly. q8_0: 8
+    bits a number, in blocks of 32; for a GGUF file only."""
     overwrite: bool = False
     """Replace the model, or the file, that is there already."""
     json: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tutelage import files
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.hub import gguf_model, hugging_face
-from tutelage.hub.gguf_file import GgufFile
-from tutelage.hub.gguf_tokenizer import read_tokenizer
+from tutelage.hub.gguf_file import GgufFile, Value, gguf_chunks
+from tutelage.hub.gguf_model import Place
+from tutelage.hub.gguf_tokenizer import describe_tokenizer, read_tokenizer
 from tutelage.safetensors_io import LazyTensor
 from tutelage.train.configs import ConvertConfig
 from tutelage.train.run import write_json
@@ -44,27 +46,26 @@ def convert(config: ConvertConfig) -> Conversion:
     `gguf_model`, `gguf_tokenizer` and `hugging_face`.
     """
     source, target = Path(config.source), Path(config.target)
+    if not source.exists():
+        raise FileNotFoundError(f"there is no {source}: give a GGUF file or the folder of a model")
     begin = time.monotonic()
-    if source.is_dir():
-        raise ValueError("not yet")
-    tensors, weights, dtype = _to_folder(source, target, config)
-    result = Conversion(target, tensors, weights, dtype, time.monotonic() - begin)
+    places, dtype = (_to_gguf if source.is_dir() else _to_folder)(source, target, config)
+    weights = sum(math.prod(place.shape) for place in places)
+    result = Conversion(target, len(places), weights, dtype, time.monotonic() - begin)
     Console().print(
-        f"{weights:,} weights in {tensors} tensors as {dtype}; in {target}, {result.seconds:.1f} s",
+        f"{weights:,} weights in {len(places)} tensors as {dtype}; in {target}, {result.seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )
     if config.json is not None:
-        figures = {"tensors": tensors, "weights": weights, "dtype": dtype, "seconds": result.seconds}
+        figures = {"tensors": len(places), "weights": weights, "dtype": dtype, "seconds": result.seconds}
         write_json(Path(config.json), {"command": "convert", "source": str(source), "target": str(target), **figures})
     return result
 
 
-def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[int, int, str]:
+def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[list[Place], str]:
     if config.dtype == "q8_0":
         raise ValueError("q8_0 is for GGUF files; a folder holds float32, float16 or bfloat16")
-    if not source.is_file():
-        raise FileNotFoundError(f"there is no {source}: give a GGUF file or the folder of a model")
     _check_folder(target, config.overwrite)
     with GgufFile(source) as file, _bar() as advance:
         model, places = gguf_model.read_model(file)
@@ -77,8 +78,7 @@ def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[int, 
             return gguf_model.rows_of(file, places[index], dtype)
 
         tensors: list[tuple[str, Any]] = [
-            (place.ours, LazyTensor(place.shape, dtype, lambda index=index: pieces(index)))  # type: ignore[misc]
-            for index, place in enumerate(places)
+            (place.ours, LazyTensor(place.shape, dtype, functools.partial(pieces, index))) for index, place in enumerate(places)
         ]
         temporary = target.with_name(files.TEMPORARY + target.name)
         files.remove(temporary)
@@ -95,7 +95,7 @@ def _to_folder(source: Path, target: Path, config: ConvertConfig) -> tuple[int, 
         except BaseException:
             files.remove(temporary)
             raise
-    return len(places), sum(math.prod(place.shape) for place in places), str(dtype).removeprefix("torch.")
+    return places, str(dtype).removeprefix("torch.")
 
 
 def _check_folder(target: Path, overwrite: bool) -> None:
@@ -118,6 +118,51 @@ def _card(file: GgufFile) -> str:
     head = ["---", "library_name: transformers"] + ([f"license: {license_}"] if isinstance(license_, str) else []) + ["---"]
     types = sorted({tensor.type for tensor in file.tensors.values()})
     return "\n".join([*head, "", f"# {name}", "", f"Converted from {file.path.name} ({', '.join(types)}) by tutelage.", ""])
+
+
+def _to_gguf(source: Path, target: Path, config: ConvertConfig) -> tuple[list[Place], str]:
+    if target.is_dir():
+        raise files.RunFolderError(f"{target} is a folder: give the GGUF file to write")
+    if target.exists() and not config.overwrite:
+        raise files.RunFolderError(f"{target} exists already: pass --overwrite to replace it, or another target")
+    model, head = hugging_face.read_config(source)
+    if head != "lm":
+        raise ValueError(f"{source} holds a reward model, for which llama.cpp has no place: convert a language model")
+    architecture, described = gguf_model.describe(model, source)
+    tokenizer = Tokenizer.from_pretrained(source)
+    described |= describe_tokenizer(tokenizer, model.vocab_size, hugging_face.read_eos_token_ids(source), str(source))
+    stored = gguf_model.stored_dtype(source)
+    dtype = stored if config.dtype == "auto" else config.dtype
+    kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+    metadata: dict[str, Value] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": source.resolve().name,
+        "general.file_type": {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}[kind],
+        **({"general.quantization_version": 2} if kind == "Q8_0" else {}),
+        **described,
+    }
+    # A first pass over the folder checks all of it and says in which order its tensors come; the second writes them.
+    by_name = {place.ours: place for place in gguf_model.places(model, architecture)}
+    shapes = {name: place.shape for name, place in by_name.items()}
+    tied = model.tie_word_embeddings
+    order = [by_name[name] for name, _ in hugging_face.read_tensors(source, shapes, tied=tied)]
+    tensors = hugging_face.read_tensors(source, shapes, tied=tied)
+    with _bar() as advance:
+
+        def load(index: int) -> torch.Tensor:
+            advance(index / len(order))
+            name, tensor = next(tensors)
+            assert name == order[index].ours
+            return tensor
+
+        to_write = [place.to_write(kind, functools.partial(load, index)) for index, place in enumerate(order)]
+        try:
+            files.write_file_atomic(target, gguf_chunks(metadata, [*to_write, *gguf_model.extra_tensors(model)]))
+        except BaseException:
+            files.remove(target.with_name(files.TEMPORARY + target.name))
+            raise
+    return order, dtype
 
 
 @contextmanager
