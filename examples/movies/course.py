@@ -178,10 +178,10 @@ class _Movies:
             critic_warmup_steps=2 if self._sizes.ppo_steps > 2 else 0,
             # An answer that does not end loses what lies between a good and a bad text.
             missing_eos_penalty=2.0,
-            kl_coef=0.1,
+            kl_coef=0.3,
             adap_kl_ctrl=True,
             target=6.0,
-            horizon=2000.0,
+            horizon=300.0,
             **others,
         )
 
