@@ -553,7 +553,9 @@ def test_perplexity_is_that_of_the_openings(case: Held) -> None:
     assert batch.lengths == [16] * 3
     assert figures["stages"]["exam_base"]["perplexity"] == perplexity(model, batch)
     out = model.score(pack([model.tokenizer.encode(text)[:16] for text in held_out]))
-    assert perplexity(model, batch) == pytest.approx(math.exp(-float(out.logprobs.detach().double().sum()) / (3 * 15)), rel=1e-6)
+    assert perplexity(model, batch) == pytest.approx(
+        math.exp(-float(out.logprobs.detach().double().sum()) / (3 * 15)), rel=1e-6
+    )
 
 
 class Stop(Exception):  # noqa: N818 (it stands for a kill)
