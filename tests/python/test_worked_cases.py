@@ -3,6 +3,7 @@ on a random model of two blocks, that ends in the same figures through any inter
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -449,8 +450,8 @@ def some_pairs() -> list[dict[str, Any]]:
 
 
 Case = Callable[..., Mapping[str, Any]]
-Held = tuple[str, Path, Mapping[str, Any]]
-"""Name, folder and figures of a case that was held."""
+Held = tuple[Path, Mapping[str, Any]]
+"""Folder and figures of a case that was held."""
 
 
 def cut_movies(folder: Path, model: Callable[[Path], None] = base_model, **options: Any) -> Mapping[str, Any]:
@@ -504,15 +505,24 @@ def digest_of(folder: Path) -> str:
     return content.hexdigest()
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Held:
-    """(name, folder, figures) of a case that was held without interruption."""
-    folder = tmp_path_factory.mktemp(request.param) / "course"
-    return request.param, folder, CASES[request.param](folder)
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Held]:
+    """A case by name: its folder and its figures, held once and without interruption."""
+
+    @functools.cache
+    def hold(name: str) -> Held:
+        folder = tmp_path_factory.mktemp(name) / "course"
+        return folder, CASES[name](folder)
+
+    return hold
 
 
-def test_a_cut_runs_from_end_to_end(case: Held) -> None:
-    name, folder, figures = case
+EVERY = pytest.mark.parametrize("name", list(CASES))
+
+
+@EVERY
+def test_a_cut_runs_from_end_to_end(held: Callable[[str], Held], name: str) -> None:
+    folder, figures = held(name)
     written = json.loads((folder / "figures.json").read_bytes())
     assert {key: written[key] for key in figures} == json.loads(json.dumps(figures))
     report = (folder / "report.html").read_text()
@@ -525,10 +535,8 @@ def test_a_cut_runs_from_end_to_end(case: Held) -> None:
     assert not (folder / "none").exists()  # nothing was fetched
 
 
-def test_the_cut_of_movies_measures_what_it_says(case: Held) -> None:
-    name, folder, figures = case
-    if name != "movies":
-        pytest.skip("of movies only")
+def test_the_cut_of_movies_measures_what_it_says(held: Callable[[str], Held]) -> None:
+    folder, figures = held("movies")
     stages = figures["stages"]
     assert stages["exam_sft"]["kl"] == 0.0 and stages["exam_sft"]["win_rate"] == 0.5
     assert all(stages[f"exam_{model}"]["kl"] != 0.0 for model in ("ppo", "ppo_ptx", "dpo"))
@@ -542,10 +550,8 @@ def test_the_cut_of_movies_measures_what_it_says(case: Held) -> None:
         assert stages[f"exam_{model}"]["distinct2"] == distinct([row["answer"] for row in rows])
 
 
-def test_perplexity_is_that_of_the_openings(case: Held) -> None:
-    name, folder, figures = case
-    if name != "movies":
-        pytest.skip("of movies only")
+def test_perplexity_is_that_of_the_openings(held: Callable[[str], Held]) -> None:
+    folder, figures = held("movies")
     model = Model.from_pretrained(folder / "base" / "model")
     assert model.tokenizer is not None
     held_out = articles()[3:]
@@ -553,9 +559,8 @@ def test_perplexity_is_that_of_the_openings(case: Held) -> None:
     assert batch.lengths == [16] * 3
     assert figures["stages"]["exam_base"]["perplexity"] == perplexity(model, batch)
     out = model.score(pack([model.tokenizer.encode(text)[:16] for text in held_out]))
-    assert perplexity(model, batch) == pytest.approx(
-        math.exp(-float(out.logprobs.detach().double().sum()) / (3 * 15)), rel=1e-6
-    )
+    mean = out.logprobs.detach().double().sum().item() / (3 * 15)  # the first token of each is predicted by nothing
+    assert perplexity(model, batch) == pytest.approx(math.exp(-mean), rel=1e-6)
 
 
 class Stop(Exception):  # noqa: N818 (it stands for a kill)
@@ -563,8 +568,11 @@ class Stop(Exception):  # noqa: N818 (it stands for a kill)
 
 
 @pytest.mark.slow
-def test_a_case_ends_the_same_through_any_interruption(case: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, folder, figures = case
+@EVERY
+def test_a_case_ends_the_same_through_any_interruption(
+    held: Callable[[str], Held], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, figures = held(name)
     again, stops = tmp_path / "course", 0
     write = courses.write_json
     killed: set[str] = set()
@@ -592,8 +600,9 @@ def test_a_case_ends_the_same_through_any_interruption(case: Held, tmp_path: Pat
     assert outcome(other, CASES[name](other, seed=1)) != outcome(folder, figures)
 
 
-def test_a_folder_that_is_in_the_way(case: Held, tmp_path: Path) -> None:
-    name, folder, _ = case
+@EVERY
+def test_a_folder_that_is_in_the_way(held: Callable[[str], Held], name: str) -> None:
+    folder, _ = held(name)
     with pytest.raises(RunFolderError, match=r"holds an earlier course: pass --resume auto to go on with it, --overwrite"):
         CASES[name](folder)
     with pytest.raises(ValueError, match=r"the course in .* has seed 0, not 1: give the same, or another --output_dir"):
@@ -607,7 +616,7 @@ def test_a_folder_that_is_in_the_way(case: Held, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(CASES))
+@EVERY
 def test_the_door_tells_its_options(name: str) -> None:
     run = Path(__file__).resolve().parents[2] / "examples" / name / "run.py"
     done = subprocess.run([sys.executable, str(run), "--help"], capture_output=True, text=True, check=False)
