@@ -85,7 +85,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    held_out=200, judge=1000, prompts=200, rated=320, shown=200, exam=24, compared=16, window=128, sft_steps=4, reward_steps=4,
+    held_out=200, judge=1000, prompts=200, rated=320, shown=200, exam=24, compared=32, window=128, sft_steps=20, reward_steps=4,
     ppo_batch=8, ppo_steps=2, dpo_steps=2,
 )  # fmt: skip
 
