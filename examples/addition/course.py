@@ -177,6 +177,8 @@ class _Addition:
                 self._sft(),
                 unit="nats per token",
             ),
+            self._exam_stage("base"),
+            self._exam_stage("sft"),
             loop(
                 "ppo",
                 "Trying, with a critic",
@@ -187,6 +189,7 @@ class _Addition:
                 curve="objective/scores",
                 unit="share of right answers",
             ),
+            self._exam_stage("ppo"),
             loop(
                 "grpo",
                 "Trying, in groups",
@@ -197,16 +200,16 @@ class _Addition:
                 curve="reward",
                 unit="share of right answers",
             ),
-            *(
-                Stage(
-                    f"exam_{name}",
-                    f"The exam of {name}",
-                    "Sums that nothing learned from, and plain text: what has it learned, and what has it forgotten?",
-                    functools.partial(self._exam, name),
-                )
-                for name in EXAMINED
-            ),
+            self._exam_stage("grpo"),
         ]
+
+    def _exam_stage(self, name: str) -> Stage:
+        return Stage(
+            f"exam_{name}",
+            f"The exam of {name}",
+            "Sums that nothing learned from, and plain text: what has it learned, and what has it forgotten?",
+            functools.partial(self._exam, name),
+        )
 
     def _sums(self) -> Figures:
         parts = sums(self._sizes.exam, self._sizes.shown, self._config.seed)

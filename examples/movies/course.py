@@ -246,6 +246,8 @@ class _Movies:
                 "and the judge: another ridge regression, fitted on texts that the reward model never sees.",
                 self._measured,
             ),
+            self._exam_stage("sft"),  # the first: all others are compared with it
+            self._exam_stage("base"),
             Stage(
                 "pairs",
                 "Trying, and being judged",
@@ -263,6 +265,7 @@ class _Movies:
                 self._dpo(),
                 unit="nats per pair",
             ),
+            self._exam_stage("dpo"),
             loop(
                 "ppo",
                 "Learning by trying",
@@ -274,6 +277,7 @@ class _Movies:
                 curve="objective/scores",
                 unit="reward",
             ),
+            self._exam_stage("ppo"),
             loop(
                 "ppo_ptx",
                 "Learning by trying, and reading on",
@@ -284,17 +288,17 @@ class _Movies:
                 curve="objective/scores",
                 unit="reward",
             ),
-            *(
-                Stage(
-                    f"exam_{name}",
-                    f"The exam of {name}",
-                    "Real beginnings that nobody learned from: what does it write, what do reward model and judge say of it, "
-                    "how far has it gone, what has it forgotten?",
-                    functools.partial(self._exam, name),
-                )
-                for name in ("sft", *(name for name in EXAMINED if name != "sft"))  # the others are compared with it
-            ),
+            self._exam_stage("ppo_ptx"),
         ]
+
+    def _exam_stage(self, name: str) -> Stage:
+        return Stage(
+            f"exam_{name}",
+            f"The exam of {name}",
+            "Real beginnings that nobody learned from: what does it write, what do reward model and judge say of it, how far has "
+            "it gone, what has it forgotten?",
+            functools.partial(self._exam, name),
+        )
 
     # ---- stages that are no command
 
