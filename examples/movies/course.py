@@ -295,8 +295,8 @@ class _Movies:
         return Stage(
             f"exam_{name}",
             f"The exam of {name}",
-            "Real beginnings that nobody learned from: what does it write, what do reward model and judge say of it, how far has "
-            "it gone, what has it forgotten?",
+            "Real beginnings that nobody learned from: what does it write, what do reward model and judge say of it, how far "
+            "has it gone, what has it forgotten?",
             functools.partial(self._exam, name),
         )
 
