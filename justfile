@@ -48,6 +48,7 @@ lint:
     ruff check . && ruff format --check .
     mypy
     MYPYPATH=python mypy --strict bench
+    MYPYPATH=python:examples mypy --strict examples/{common,movies,addition,preferences}
     python tools/check_symbols.py
     clang-format --dry-run --Werror $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 

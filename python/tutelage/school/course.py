@@ -26,7 +26,7 @@ from tutelage.evaluate import load_reward_model
 from tutelage.files import DISK, Disk, RunFolderError
 from tutelage.model import Model
 from tutelage.school import exam
-from tutelage.school.data import SIZES, write_data, write_rows
+from tutelage.school.data import SIZES, read_rows, write_data, write_rows
 from tutelage.school.labeller import SimulatedLabeller, preference_rows
 from tutelage.school.report import Report, picture, table, write_report
 from tutelage.school.stages import (
@@ -233,7 +233,7 @@ class _Course:
 
     def _label(self) -> dict[str, Any]:
         """The simulated labeller ranks the answers."""
-        prompts, answers = (_rows(self._plan.data(name)) for name in ("practice", "answers"))
+        prompts, answers = (read_rows(Path(self._plan.data(name))) for name in ("practice", "answers"))
         labeller = SimulatedLabeller(self._plan.seed)
         texts = [row["text"] for row in answers]
         found = [
@@ -346,7 +346,3 @@ def _figures(result: object) -> dict[str, Any]:
         return {}
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     return {name: value for name, value in values.items() if isinstance(value, (int, float)) or value is None}
-
-
-def _rows(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]

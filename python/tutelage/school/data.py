@@ -104,6 +104,11 @@ def write_data(world: World, size: Size, folder: Path) -> dict[str, Path]:
     return paths
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file, in order."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a JSONL file, whole or not at all."""
     files.write_file_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

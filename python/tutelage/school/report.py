@@ -192,17 +192,9 @@ def page(report: Report) -> str:
     """HTML without anything from outside: no script, no font, no picture. A figure is a <data> element whose value is exact."""
     stages = "".join(_stage(place, name, taken) for place, (name, taken) in enumerate(report.taken.items(), 1))
     minutes = sum(taken.seconds for taken in report.taken.values()) / 60
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The school: what each stage has taught the model</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<header>
+    return document(
+        "The school: what each stage has taught the model",
+        f"""<header>
 <h1>What each stage has taught the model</h1>
 <p>{_OPENING}</p>
 <p class="soft">Size {html.escape(report.size)}, seed {report.seed}; the stages took {minutes:.1f} minutes.</p>
@@ -215,7 +207,23 @@ def page(report: Report) -> str:
 <p>Each command below is the one that you would use on data of your own. With <code>tutelage school --keep</code> the files
 that they read stay, and each can be run again as it stands here.</p>
 {stages}</section>
-</main>
+""",
+    )
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page in the house's style. body: HTML; title: text; style: further CSS."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}{style}</style>
+</head>
+<body>
+<main>
+{body}</main>
 </body>
 </html>
 """

@@ -1,0 +1,1 @@
+"""A reward that can be checked: two-digit addition."""

@@ -1,0 +1,1 @@
+"""What the worked cases share: packages, stages, statistics, the page."""
