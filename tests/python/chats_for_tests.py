@@ -83,7 +83,8 @@ TEMPLATES: Mapping[str, str] = {
 NOT_TURN_BY_TURN: Mapping[str, str] = {
     # Mistral's newer ones: the system prompt stands in the last question.
     "system in the last question": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{% for message in rest %}"
+    "{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}{% for message in rest %}"
     "{% if message['role'] == 'user' %}{{ '[INST]' }}{% if loop.index0 >= loop.length - 2 %}"
     "{{ (system if system is defined else 'Be good.') ~ '\\n\\n' }}"
     "{% endif %}{{ message['content'] + '[/INST]' }}{% else %}{{ message['content'] ~ eos_token }}{% endif %}{% endfor %}",
