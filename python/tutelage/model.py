@@ -113,7 +113,7 @@ class Model:
         if _base is None or _lora is None:
             self._engine = _core.Transformer(fields, level_name)
         else:
-            self._engine = _core.Transformer(fields, _lora.core_fields(_base.head), level_name)
+            self._engine = _core.Transformer(fields, level_name, _lora.core_fields(_base.head))
         self.params = torch.empty(self._engine.size, dtype=dtype)
         if _initialise:
             initial = torch.empty_like(self.params, dtype=torch.float32)

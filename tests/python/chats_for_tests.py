@@ -64,10 +64,35 @@ TEMPLATES: Mapping[str, str] = {
     "{% elif message['role'] == 'system' %}\n{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    # SmolLM2's: a system turn of its own in front.
+    "smollm2": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    # No blank around what is said (Mistral v0.3), and bos once.
+    "mistral-tight": "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST]' + message['content'] | trim + '[/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}",
     "mistral": "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] ~ eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant roles') }}{% endif %}{% endfor %}",
+}
+
+# Real habits of templates that make a conversation in one piece another than turn by turn.
+NOT_TURN_BY_TURN: Mapping[str, str] = {
+    # Mistral's newer ones: the system prompt stands in the last question.
+    "system in the last question": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}{% for message in rest %}"
+    "{% if message['role'] == 'user' %}{{ '[INST]' }}{% if loop.index0 >= loop.length - 2 %}"
+    "{{ (system if system is defined else 'Be good.') ~ '\\n\\n' }}"
+    "{% endif %}{{ message['content'] + '[/INST]' }}{% else %}{{ message['content'] ~ eos_token }}{% endif %}{% endfor %}",
+    # Qwen3's: earlier answers lose their reasoning.
+    "reasoning left out later": CHATML.replace(
+        "message['content']",
+        "(message['content'] if loop.index0 >= loop.length - 1 else message['content'].split('.')[0])",
+    ),
 }
 
 # What the four silent failures look like.

@@ -21,6 +21,7 @@ from chats_for_tests import (
     CHATML_MARKED,
     NO_PROMPT,
     NOT_PRESERVING,
+    NOT_TURN_BY_TURN,
     SHIFTED,
     SPECIAL,
     STOP_OUTSIDE,
@@ -31,7 +32,7 @@ from chats_for_tests import (
 )
 from tutelage.data import chat as chat_module
 from tutelage.data.chat import ChatTemplate, ChatTemplateError
-from tutelage.data.chat_check import TurnFormat, check_template, masked_conversation
+from tutelage.data.chat_check import TurnFormat, check_template, masked_conversation, prompt_ids
 from tutelage.data.tokenizer import Tokenizer
 
 LONG = turns("hello", "world", "what is\n\nthis", " it is so ")
@@ -72,7 +73,7 @@ CONTENT = st.text(st.sampled_from("ab <|\n猫é]"), max_size=8) | st.sampled_fro
 def test_the_ids_are_those_of_transformers(
     theirs: dict[str, Any], name: str, contents: list[str], system: str | None, prompt: bool
 ) -> None:
-    messages = turns(*contents, system=None if name == "mistral" else system)
+    messages = turns(*contents, system=None if name.startswith("mistral") else system)
     ids = ours(name).chat_ids(messages, add_generation_prompt=prompt)
     assert ids == theirs[name].apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
     assert ours(name).chat(messages, add_generation_prompt=prompt)[0] == ids
@@ -302,6 +303,8 @@ def test_sentencepiece_tokens_go_on_without_a_blank(scheme: str, tmp_path: Path)
         ("qwen2", ["world<|im_end|>", " it is so <|im_end|>"]),
         ("llama3", ["world<|eot_id|>", "it is so<|eot_id|>"]),
         ("llama2", [" world </s>", " it is so </s>"]),
+        ("smollm2", ["world<|im_end|>", " it is so <|im_end|>"]),
+        ("mistral-tight", [" world</s>", " it is so</s>"]),
         ("zephyr", ["\nworld</s>", "\n it is so </s>"]),
         ("mistral", ["world</s>", " it is so </s>"]),
     ],
@@ -352,10 +355,12 @@ def test_generation_blocks_inside_of_other_text_are_found_and_changed_ones_refus
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_control_good_templates_pass(name: str) -> None:
     turn = check_template(ours(name), [LONG, turns("hello", "so")])
-    stop = {"llama3": "<|eot_id|>"}.get(name, "<|im_end|>" if name in ("chatml", "chatml-marked", "qwen2") else "</s>")
+    stop = {"llama3": "<|eot_id|>"}.get(
+        name, "<|im_end|>" if name in ("chatml", "chatml-marked", "qwen2", "smollm2") else "</s>"
+    )
     assert turn.stop_token == stop and turn.stop_token_id == SPECIAL.index(stop)
     assert turn == TurnFormat(turn.stop_token_id, stop, turn.generation_prompt)
-    assert bool(turn.generation_prompt) == (name not in ("llama2", "mistral"))
+    assert bool(turn.generation_prompt) == (name not in ("llama2", "mistral", "mistral-tight"))
 
 
 FAILURES = {
@@ -456,6 +461,81 @@ def test_the_ids_before_an_answer_are_those_of_the_prompt() -> None:
     whole = ours("chatml").chat(turns("hi", "\n\n\nhello"))[0]  # negative control: without a cut they are not
     prompt = ours("chatml").chat_ids(turns("hi"), add_generation_prompt=True)
     assert whole[: len(prompt)] != prompt
+
+
+# --- in one piece or turn by turn ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(CONTENT | SPELLED, min_size=2, max_size=6), system=st.none() | CONTENT)
+def test_in_one_piece_or_turn_by_turn_the_ids_are_the_same(name: str, contents: list[str], system: str | None) -> None:
+    """Whatever stands at the borders: blanks, line breaks, spellings of special tokens."""
+    tokenizer = ours(name)
+    messages = turns(*contents, system=None if name.startswith("mistral") else system)
+    messages = messages if messages[-1]["role"] == "assistant" else messages[:-1]
+    if not any(message["role"] == "assistant" for message in messages):
+        return
+    ids, mask = masked_conversation(tokenizer, check_template(tokenizer), messages)
+    for number in range(1, len(messages)):
+        if messages[number]["role"] == "assistant":
+            asked = prompt_ids(tokenizer, messages[:number])
+            assert ids[: len(asked)] == asked and mask[len(asked)] and not mask[len(asked) - 1]
+            said = (
+                ids[len(asked) : len(asked) + mask[len(asked) :].index(False)]
+                if False in mask[len(asked) :]
+                else ids[len(asked) :]
+            )
+            assert prompt_ids(tokenizer, messages[: number + 1])[: len(asked) + len(said)] == asked + said
+
+
+def test_negative_control_encoded_whole_they_are_not_the_same() -> None:
+    tokenizer = ours("llama3")
+    messages = turns("hi", "hello", "so")
+    asked = prompt_ids(tokenizer, messages[:1])
+    assert prompt_ids(tokenizer, messages)[: len(asked)] == asked != tokenizer.chat_ids(messages, True)[: len(asked)]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("name", NOT_TURN_BY_TURN)
+def test_what_is_not_the_same_turn_by_turn_is_refused(name: str, marked: bool) -> None:
+    template = NOT_TURN_BY_TURN[name]
+    if marked and name.startswith("system"):
+        template = template.replace("{{ message['content'] ~ eos_token }}", MARKED_ANSWER)
+    elif marked:
+        shown = "(message['content'] if loop.index0 >= loop.length - 1 else message['content'].split('.')[0])"
+        template = CHATML_MARKED.replace("message['content']", shown)
+    message = "renders what stands before answer 0 in another way" if marked else "it is not prefix-preserving"
+    if marked and not name.startswith("system"):
+        message = "renders what stands before answer 1 in another way"
+    with pytest.raises(ChatTemplateError, match=message):
+        tokenizer = with_template(template)
+        masked_conversation(tokenizer, check_template(tokenizer), turns("a", "b. c", "d. e", "f. g", "h", "i"))
+    assert with_template(template).chat_ids(turns("a", "b. c", "d"), add_generation_prompt=True)  # it can be used
+
+
+MARKED_ANSWER = "{% generation %}{{ message['content'] ~ eos_token }}{% endgeneration %}"
+
+
+def test_bos_stands_once(tmp_path: Path) -> None:
+    """A tokenizer whose rules add bos, and a template that writes it: transformers adds none to a rendered chat, nor do we."""
+    from transformers import AutoTokenizer
+
+    for name in ("llama3", "mistral-tight"):
+        save_tokenizer(tmp_path / name, TEMPLATES[name])
+        path = tmp_path / name / "tokenizer.json"
+        backend = tokenizers.Tokenizer.from_str(path.read_text())
+        bos = backend.token_to_id("<s>")
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+        path.write_text(backend.to_str())
+        tokenizer = Tokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.adds_bos
+        ids = tokenizer.chat_ids(turns("hello", "so"))
+        assert ids.count(bos) == 1 == prompt_ids(tokenizer, turns("hello", "so", "is")).count(bos)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert theirs.apply_chat_template(turns("hello", "so"), return_dict=False) == ids
+        spelled = tokenizer.chat_ids(turns("hello <s>", "so"))
+        assert spelled.count(bos) == 1
 
 
 # --- hostile templates --------------------------------------------------------------------------------------

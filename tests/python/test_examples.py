@@ -254,10 +254,12 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
 
 
 def test_a_prompt_that_is_rendered_in_another_way_with_its_completion() -> None:
-    template = "{{ 'Long. ' if messages | length > 2 and messages[0].content == 'x' }}" + CHATML
     row = {"prompt": turns("x", "b", "c"), "completion": turns("", "d")[1:]}
-    assert sft(row, with_template(template))
-    template = "{{ 'Long. ' if messages | length > 3 and messages[0].content == 'x' }}" + CHATML
+    template = "{{ 'Long. ' if messages | length > 2 and messages[0].content == 'x' }}" + CHATML
+    with pytest.raises(ValueError, match=r"row 0: .*it is not prefix-preserving"):  # nor is it the same turn by turn
+        load_sft([row], with_template(template), 99)
+    row = {"prompt": turns("x"), "completion": turns("", "d")[1:]}
+    template = "{{ 'Long. ' if messages | length > 1 and messages[0].content == 'x' }}" + CHATML
     with pytest.raises(
         ValueError, match="row 0: the chat template renders the prompt in another way when the completion follows"
     ):

@@ -38,7 +38,8 @@ def check_template(tokenizer: Tokenizer, conversations: Sequence[Sequence[Mappin
     * an answer ends with a special token, the stop token, and the mask of every turn holds it: else the model
       never learns to stop;
     * the mask begins where the generation prompt ends, and is not empty;
-    * without `{% generation %}`, a longer conversation begins as the shorter one (the template is prefix-preserving).
+    * a longer conversation begins as the shorter one (the template is prefix-preserving): in one piece and turn by turn it
+      is the same tokens.
 
     Raises ChatTemplateError with the rendered example; ⟦ and ⟧ stand around what the mask holds.
     """
@@ -110,11 +111,20 @@ def masked_conversation(
             f"the mask is empty or lacks an answer: the conversation has {len(places)}, the mask {len(rendered.answers)}; "
             f"{{% generation %}} and {{% endgeneration %}} must stand around each. It rendered\n{rendered.marked()}"
         )
-    if places and places[-1] > 0:
-        before = tokenizer.render_chat(conversation[: places[-1]], True, tools, template_options).text
-        _check_start(before, rendered.text)
-        begin = rendered.answers[-1][0]
-        if len(rendered.answers) == len(places) and begin != len(before):
+    for number, place in enumerate(places):
+        if place == 0:
+            continue
+        before = tokenizer.render_chat(conversation[:place], True, tools, template_options).text
+        if number == len(places) - 1:
+            _check_start(before, rendered.text)
+        elif not rendered.text.startswith(before):
+            raise ChatTemplateError(
+                f"the chat template renders what stands before answer {number} in another way when more follows, so the "
+                "conversation in one piece is not what it is turn by turn: give every answer a row of its own, as the last of "
+                f"its conversation. It rendered\n{before}\nand\n{rendered.text}"
+            )
+        begin = rendered.answers[number][0] if len(rendered.answers) == len(places) else len(before)
+        if begin != len(before):
             between = rendered.text[min(begin, len(before)) : max(begin, len(before))]
             raise ChatTemplateError(
                 f"the mask is shifted: it begins {len(between)} characters too {'early' if begin < len(before) else 'late'} "
@@ -130,3 +140,18 @@ def masked_conversation(
                 f"stop: put it inside of {{% generation %}}. It rendered\n{rendered.marked()}"
             )
     return ids, mask
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    conversation: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The ids that ask for the next answer: with these `masked_conversation` of the longer conversation begins.
+
+    So what was answered before is encoded as it was when it was asked for and learned, each answer from its own beginning.
+    Raises ChatTemplateError as `Tokenizer.chat`.
+    """
+    rendered = tokenizer.render_chat(conversation, True, tools, template_options, answers=True)
+    return tokenizer.encode_rendered(rendered, [begin for begin, _ in rendered.answers])[0]

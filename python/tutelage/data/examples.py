@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.chat import ChatTemplateError
-from tutelage.data.chat_check import TurnFormat, check_template, masked_conversation
+from tutelage.data.chat_check import TurnFormat, check_template, masked_conversation, prompt_ids
 from tutelage.data.documents import held_out_digests
 from tutelage.data.packing import Cursor, hashes
 from tutelage.data.rows import BadRows, Data, Kind, Messages, Row, Schema, Text, read_rows
@@ -347,7 +347,7 @@ class _Loader:
         if isinstance(row.prompt, str):
             ids = self._opening(row, row.prompt)
         else:
-            ids = self.tokenizer.chat_ids(row.prompt, True, row.tools, **(row.template_options or {}))
+            ids = prompt_ids(self.tokenizer, row.prompt, row.tools, row.template_options)
             self._look_at_messages(row, row.prompt, ids)
         if not ids:
             raise _Unusable("the prompt has no token")
@@ -397,14 +397,16 @@ class _Loader:
         # An answer alone needs no search for answers, which is refused for more templates.
         alone = len(completion) == 1 and completion[0]["role"] == "assistant"
         everything = (alone and self.completion_only) or not (self.completion_only or self.assistant_only)
-        before = self.tokenizer.render_chat(prompt, True, row.tools, options).text
+        asked = self.tokenizer.render_chat(prompt, True, row.tools, options, answers=True)
+        before = asked.text
         rendered = self.tokenizer.render_chat(messages, False, row.tools, options, answers=not everything)
         if not rendered.text.startswith(before):
             raise _Unusable(
                 "the chat template renders the prompt in another way when the completion follows. It rendered\n"
                 f"{before}\nand with the completion\n{rendered.text}"
             )
-        ids, places = self.tokenizer.encode_rendered(rendered, [len(before)])
+        cuts = {len(before), *(begin for begin, _ in (*asked.answers, *rendered.answers))}  # where generation begins
+        ids, places = self.tokenizer.encode_rendered(rendered, sorted(cuts))
         mask = [begin >= len(before) or not self.completion_only for begin, _ in places]
         if not everything:
             mask = [a and b for a, b in zip(mask, covered(places, rendered.answers), strict=True)]

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from tutelage import files
-from tutelage.data.chat_check import stop_token_ids
+from tutelage.data.chat import ChatTemplateError
+from tutelage.data.chat_check import check_template, prompt_ids, stop_token_ids
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
 from tutelage.rollouts import Generation, GenerationSettings
@@ -56,6 +57,14 @@ def chat(config: ChatConfig) -> list[Message]:
     return conversation.messages
 
 
+def _can_be_taught(tokenizer: Tokenizer) -> bool:
+    try:
+        check_template(tokenizer)
+    except ChatTemplateError:
+        return False
+    return True
+
+
 class _Conversation:
     """The messages so far, and the model that answers."""
 
@@ -72,12 +81,13 @@ class _Conversation:
                 f"`tutelage generate --model {config.model} --prompt ...`, or put the template it was taught with into the "
                 "folder as chat_template.jinja"
             )
+        self.taught = _can_be_taught(self.tokenizer)
         self.opening = [] if config.system is None else [{"role": "system", "content": config.system}]
         self.messages = list(self.opening)
         self.stops = tuple(dict.fromkeys([*self.model.eos_token_ids, *stop_token_ids(self.tokenizer)]))
         self.answers = 0
         # What the template, the model or the engine refuses is told now, not after the user's first message.
-        probe = self.tokenizer.chat_ids([*self.opening, {"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        probe = self._ids([*self.opening, {"role": "user", "content": "Hello"}])
         limit = self.model.config.max_position_embeddings
         if len(probe) >= limit:
             raise ValueError(
@@ -96,6 +106,12 @@ class _Conversation:
             "seed": config.seed + self.answers,
             "stop_token_ids": self.stops,
         }
+
+    def _ids(self, messages: list[Message]) -> list[int]:
+        """As it is taught; a template that cannot be taught is used as transformers uses it, all in one piece."""
+        if self.taught:
+            return prompt_ids(self.tokenizer, messages)
+        return self.tokenizer.chat_ids(messages, add_generation_prompt=True)
 
     def note(self, text: str) -> None:
         """Something that is no answer."""
@@ -141,7 +157,7 @@ class _Conversation:
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        ids = self.tokenizer.chat_ids(asked, add_generation_prompt=True)
+        ids = self._ids(asked)
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise ValueError(
