@@ -69,7 +69,7 @@ class BoundTransformer {
  public:
   BoundTransformer(const py::dict& config, const std::string& level)
       : table_(level.empty() ? active_table() : find_table(level)), model_(read_config(config), table_) {}
-  BoundTransformer(const py::dict& config, const py::dict& adapter, const std::string& level)
+  BoundTransformer(const py::dict& config, const std::string& level, const py::dict& adapter)
       : table_(level.empty() ? active_table() : find_table(level)),
         model_(read_config(config), table_, choice<Head>(adapter, "base_head", {{"lm", Head::lm}, {"scalar", Head::scalar}}),
                {adapter["rank"].cast<std::int64_t>(), adapter["scale"].cast<double>(),
@@ -255,8 +255,11 @@ void bind_model(py::module_& m) {
       .def_property_readonly("bytes", &Graph::bytes)
       .def_property_readonly("used", &Graph::used);
   py::class_<BoundTransformer>(m, "Transformer", "The engine: configuration and layout, but no parameters of its own.")
-      .def(py::init<const py::dict&, const std::string&>(), "config"_a, "level"_a = "")
-      .def(py::init<const py::dict&, const py::dict&, const std::string&>(), "config"_a, "adapter"_a, "level"_a = "")
+      .def(py::init([](const py::dict& config, const std::string& level, const std::optional<py::dict>& adapter) {
+             return adapter ? std::make_unique<BoundTransformer>(config, level, *adapter)
+                            : std::make_unique<BoundTransformer>(config, level);
+           }),
+           "config"_a, "level"_a = "", "adapter"_a = py::none())
       .def_property_readonly("size", &BoundTransformer::size)
       .def_property_readonly("level", &BoundTransformer::level)
       .def("parameters", &BoundTransformer::parameters, "(name, offset, shape, decay) of every parameter that learns.")

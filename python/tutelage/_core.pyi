@@ -1,6 +1,6 @@
 """tutelage's compiled core: cpp/bind. Tensors are lent to it through DLPack, never copied."""
 
-from typing import Any, TypedDict, overload
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -64,10 +64,7 @@ class Generator:
     def steps(self) -> int: ...
 
 class Transformer:
-    @overload
-    def __init__(self, config: dict[str, Any], level: str = "") -> None: ...
-    @overload
-    def __init__(self, config: dict[str, Any], adapter: dict[str, Any], level: str = "") -> None: ...
+    def __init__(self, config: dict[str, Any], level: str = "", adapter: dict[str, Any] | None = None) -> None: ...
     @property
     def size(self) -> int: ...
     @property

@@ -107,11 +107,8 @@ class Model:
         """The folder that the model came from."""
         self._level = level
         level_name = "float64" if dtype == torch.float64 else level or ""
-        fields = config.core_fields(head)
-        if _base is None or _lora is None:
-            self._engine = _core.Transformer(fields, level_name)
-        else:
-            self._engine = _core.Transformer(fields, _lora.core_fields(_base.head), level_name)
+        adapter = None if _base is None or _lora is None else _lora.core_fields(_base.head)
+        self._engine = _core.Transformer(config.core_fields(head), level_name, adapter)
         self.params = torch.empty(self._engine.size, dtype=dtype)
         if _initialise:
             initial = torch.empty_like(self.params, dtype=torch.float32)
