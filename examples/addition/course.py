@@ -54,7 +54,7 @@ class Sizes:
     """Tokens of each article that perplexity is measured on."""
     articles: int = 12
     sft_batch: int = 32
-    sft_steps: int = 50
+    sft_steps: int = 80
     batch: int = 128
     """Answers of a step, for PPO and GRPO alike."""
     group: int = 8

@@ -4,6 +4,7 @@ last, so whatever instant a course is killed at, each stage is finished, goes on
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -129,6 +130,7 @@ class Course:
                     self.say(f"$ {stage.command}", "bold")
                 begin = time.monotonic()
                 figures = stage.do()
+                gc.collect()  # its models, before the next stage loads its own
                 write_json(done, {"seconds": time.monotonic() - begin, "figures": dict(figures)})
             # Read again rather than kept: what a resumed course reports is what an uninterrupted one does.
             record = json.loads(done.read_bytes())

@@ -78,7 +78,7 @@ class Sizes:
     reward_steps: int = 0
     """0: every ranking once."""
     ppo_batch: int = 64
-    ppo_steps: int = 36
+    ppo_steps: int = 45
     dpo_batch: int = 16
     dpo_steps: int = 64
     lora_rank: int = 16
