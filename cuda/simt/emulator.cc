@@ -150,7 +150,7 @@ struct Machine {
   std::uint64_t random = 0;
   Launch launch;
   std::map<std::string, Excess> excess;  // by place
-  char start_token = 0;
+  char start_token = 0, end_token = 0;   // two: a thread that starts late must not be after one that has ended
 };
 
 // No launch reaches beyond its thread; a launch within a launch is refused.
@@ -159,10 +159,12 @@ thread_local Run* innermost = nullptr;
 
 struct Lanes {  // fibers kept for the next launch of this thread
   std::vector<Lane> kept;
-  ~Lanes() {
+  ~Lanes() { forget(); }
+  void forget() {
 #if defined(TUTELAGE_SIMT_TSAN)
     for (Lane& lane : kept) __tsan_destroy_fiber(lane.tsan);
 #endif
+    kept.clear();
   }
 };
 thread_local Lanes lanes_of_thread;
@@ -326,7 +328,7 @@ void lane_entry() {
 #endif
   acquire(&machine->start_token);
   machine->body(machine->arguments);
-  release(&machine->start_token);
+  release(&machine->end_token);
   Unseen::begin();  // until it leaves for good
   Lane& lane = self();
   if (!lane.pending.empty()) fail(lane.place, "a thread left the kernel with a cp.async that it never waited for");
@@ -409,13 +411,15 @@ void run_block() {
   Warp* first = choose_warp();
   m.current = static_cast<unsigned>(first - m.warps.data()) * kWarp + first->order[0];
   switch_context(m.launcher, self(), false);
-  acquire(&m.start_token);
+  acquire(&m.end_token);
 }
 
 }  // namespace
 
 Run::Run(const Settings& settings_) : settings(settings_), outer_(innermost) { innermost = this; }
 Run::~Run() { innermost = outer_; }
+
+void forget_fibers() { lanes_of_thread.forget(); }
 
 void fail(Place place, const char* format, ...) {
   std::fflush(stdout);
@@ -448,8 +452,8 @@ void collective(WarpOperation operation, void* operand, Place place) {
   if (machine->settings.count) count_accesses(warp);
   operation(operands);
   arrange(warp);
-  const bool change =
-      warp.waiting >= 0 || (machine->settings.schedule == Schedule::random && next_random(machine->random) % 4 == 0);
+  const bool change = operation == barrier_operation ||
+                      (machine->settings.schedule == Schedule::random && next_random(machine->random) % 4 == 0);
   go_on(change ? choose_warp() : &warp);
 }
 

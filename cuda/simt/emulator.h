@@ -59,6 +59,9 @@ class Run {
   Run* outer_;
 };
 
+// Fibers are kept for this thread's next launch; this gives them back.
+void forget_fibers();
+
 // --- For cuda/ptx/ and the dialect -----------------------------------------------------------------------------------
 
 constexpr unsigned kWarp = 32;
