@@ -163,7 +163,7 @@ auto every_schedule(const Run& run) {
   };
   auto expected = under(simt::Schedule::forward, 0);
   CHECK(under(simt::Schedule::reversed, 0) == expected, "the reversed order gives other bits");
-  for (std::uint64_t seed = 1; seed <= 3; ++seed)
+  for (std::uint64_t seed = 1; seed <= (kSmall ? 1 : 3); ++seed)
     CHECK(under(simt::Schedule::random, seed) == expected, "a random order gives other bits, seed", seed);
   return expected;
 }
