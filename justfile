@@ -36,6 +36,11 @@ tsan:
 neon:
     cmake --preset neon && cmake --build --preset neon && ctest --preset neon
 
+# The CUDA kernels with nvcc alone: registers, spills, occupancy, instructions (pip install nvidia-cuda-nvdisasm)
+cuda *args:
+    cmake --preset release && cmake --build --preset release --target tutelage_simt_tests
+    python tools/check_cuda.py build/release {{ args }}
+
 # Kernels, the training step, rollouts and loops against the machine's ceilings and peers
 bench *args:
     tutelage bench kernels {{ args }}
@@ -50,10 +55,10 @@ lint:
     MYPYPATH=python mypy --strict bench
     MYPYPATH=python:examples mypy --strict examples/{common,movies,addition,preferences}
     python tools/check_symbols.py
-    clang-format --dry-run --Werror $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
+    clang-format --dry-run --Werror $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc' 'cuda/*.h' 'cuda/*.cc' 'cuda/*.cu' 'cuda/*.cuh' 'tests/simt/*.h' 'tests/simt/*.cc' 'tools/*.cc')
 
 # Write what lint would ask for
 format:
     ruff check --fix . && ruff format .
-    clang-format -i $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
+    clang-format -i $(git ls-files 'cpp/*.h' 'cpp/*.cc' 'cpp/*.inc' 'tests/cpp/*.h' 'tests/cpp/*.cc' 'cuda/*.h' 'cuda/*.cc' 'cuda/*.cu' 'cuda/*.cuh' 'tests/simt/*.h' 'tests/simt/*.cc' 'tools/*.cc')
 

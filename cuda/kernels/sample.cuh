@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "cuda/kernels/draw.h"
 #include "cuda/kernels/philox.cuh"
 #include "cuda/kernels/vocab_tiles.cuh"
 #include "kernels/sample.h"
@@ -23,15 +24,6 @@ namespace tutelage::cuda {
 
 constexpr int kSampleThreads = 512, kSampleWarps = kSampleThreads / 32;
 constexpr int kThresholds = 7;  // of a pass: 3 bits of 32
-
-struct Draw {
-  int64_t rows = 0, vocab = 0;
-  const float* z = nullptr;
-  const TileStatistics* statistics = nullptr;
-  const SampleSettings* settings = nullptr;
-  int32_t* tokens = nullptr;
-  float *logprob = nullptr, *support_logprob = nullptr;
-};
 
 constexpr float kMinusInfinity = -__builtin_inff();
 

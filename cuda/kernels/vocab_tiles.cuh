@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/kernels/draw.h"
 #include "cuda/kernels/math.cuh"
 #include "cuda/ptx/memory.h"
 #include "cuda/ptx/warp.h"
@@ -18,10 +19,6 @@ using std::int32_t;
 using std::int64_t;
 
 constexpr int kVocabTile = 256, kTileLanes = 16, kTileLinks = kVocabTile / kTileLanes;
-
-struct TileStatistics {      // of one row over one vocabulary tile, distances measured from the tile's own maximum
-  float top, sum, weighted;  // max z, sum exp(z - top), sum exp(z - top) (z - top)
-};
 
 inline int64_t vocab_tiles(int64_t vocab) { return (vocab + kVocabTile - 1) / kVocabTile; }
 

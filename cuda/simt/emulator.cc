@@ -9,6 +9,8 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
+#include <tuple>
 #include <utility>
 
 #include <pthread.h>
@@ -414,6 +416,17 @@ void run_block() {
   acquire(&m.end_token);
 }
 
+void note_launch(const char* file, unsigned threads, std::size_t shared_bytes, const void* kernel) {
+  static thread_local std::set<std::tuple<const void*, unsigned, std::size_t>> noted;
+  if (!noted.emplace(kernel, threads, shared_bytes).second) return;
+  std::FILE* out = std::fopen(file, "a");
+  if (!out) return;
+  const auto here = reinterpret_cast<std::intptr_t>(&run_launch);
+  std::fprintf(out, "%td %u %zu\n", static_cast<std::ptrdiff_t>(reinterpret_cast<std::intptr_t>(kernel) - here), threads,
+               shared_bytes);
+  std::fclose(out);
+}
+
 }  // namespace
 
 Run::Run(const Settings& settings_) : settings(settings_), outer_(innermost) { innermost = this; }
@@ -521,7 +534,8 @@ const dim3& grid_size() { return machine->grid; }
 unsigned lane_index() { return machine->current % kWarp; }
 unsigned char* shared_memory() { return machine->shared; }
 
-void run_launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* arguments, Place place) {
+void run_launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* arguments, const void* kernel,
+                Place place) {
   const Unseen unseen;
   if (machine) fail(place, "a launch within a kernel");
   const std::uint64_t blocks = std::uint64_t(grid.x) * grid.y * grid.z, threads = std::uint64_t(block.x) * block.y * block.z;
@@ -531,6 +545,8 @@ void run_launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(vo
     fail(place, "a grid of %u x %u x %u blocks: at most 2147483647 x 65535 x 65535", grid.x, grid.y, grid.z);
   if (shared_bytes > kMaxSharedBytes) fail(place, "%zu bytes of shared memory: at most %zu", shared_bytes, kMaxSharedBytes);
   if (blocks == 0) return;
+  if (const char* file = std::getenv("TUTELAGE_SIMT_LAUNCHES"))
+    note_launch(file, static_cast<unsigned>(threads), shared_bytes, kernel);
 
   Machine m;
   machine = &m;

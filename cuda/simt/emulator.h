@@ -103,6 +103,9 @@ const dim3& grid_size();
 unsigned lane_index();
 unsigned char* shared_memory();
 
-void run_launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* arguments, Place place);
+// With TUTELAGE_SIMT_LAUNCHES=FILE, every new (kernel, block, shared memory) of the process is a line at FILE's end, the kernel
+// given by its distance in bytes from this function: tools/check_cuda.py asks for it, to know what occupancy to expect.
+void run_launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* arguments, const void* kernel,
+                Place place);
 
 }  // namespace simt

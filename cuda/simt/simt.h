@@ -92,7 +92,9 @@ struct LaunchPlace {  // made from the grid's dim3 at the call
 template <class... P, class... A>
 void launch(void (*kernel)(P...), LaunchPlace grid, dim3 block, std::size_t shared_bytes, cudaStream_t, A... arguments) {
   auto call = [&] { kernel(static_cast<P>(arguments)...); };
-  ::simt::run_launch(grid.grid, block, shared_bytes, [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call, grid.place);
+  ::simt::run_launch(
+      grid.grid, block, shared_bytes, [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call,
+      reinterpret_cast<const void*>(kernel), grid.place);
 }
 
 template <class T>

@@ -1,0 +1,32 @@
+# The CUDA kernels, compiled for GPUs: the object library tutelage_cuda, if TUTELAGE_CUDA says so. No driver is needed to build
+# or to link it (static runtime). Sets TUTELAGE_CUDA_BUILT.
+set(TUTELAGE_CUDA_BUILT OFF)
+if(NOT TUTELAGE_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "TUTELAGE_CUDA is ${TUTELAGE_CUDA}: AUTO, ON or OFF are expected")
+endif()
+if(NOT TUTELAGE_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  # A100 and its like (8.6, 8.9 run the same code), H100, and PTX for what comes later
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "As CMake's CUDA_ARCHITECTURES")
+  check_language(CUDA)
+  find_library(TUTELAGE_CUDA_DRIVER NAMES libcuda.so.1)
+  mark_as_advanced(TUTELAGE_CUDA_DRIVER)
+  if(TUTELAGE_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
+    message(FATAL_ERROR "TUTELAGE_CUDA is ON and nvcc is not found: put it into PATH or set CMAKE_CUDA_COMPILER")
+  endif()
+  if(CMAKE_CUDA_COMPILER AND (TUTELAGE_CUDA STREQUAL "ON" OR TUTELAGE_CUDA_DRIVER))
+    set(TUTELAGE_CUDA_BUILT ON)
+  endif()
+endif()
+
+if(TUTELAGE_CUDA_BUILT)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  enable_language(CUDA)
+  file(GLOB cuda_units CONFIGURE_DEPENDS cuda/units/*.cu)
+  add_library(tutelage_cuda OBJECT ${cuda_units})
+  target_include_directories(tutelage_cuda PUBLIC ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/cpp)
+  # Nothing is fused behind a kernel's back: see cuda/ptx/math.h. tools/check_cuda.py compiles with the same flags.
+  target_compile_options(tutelage_cuda PRIVATE -fmad=false -Xcompiler=-fvisibility=hidden)
+endif()

@@ -1,0 +1,45 @@
+// The CUDA kernels' entry points, one an operation: what the kernel table of a device calls. Arguments as cpp/kernels/<op>.h
+// states them, activations and weights bf16, statistics, gradients of parameters and optimizer state float, all in device
+// memory. Nothing waits; nothing is allocated.
+//
+// Each is defined in one file of cuda/units/, which nvcc compiles for GPUs (module _cuda) and g++ for the emulator (_cuda_sim).
+#pragma once
+
+#include "cuda/kernels/draw.h"
+#include "cuda/ptx/bf16.h"
+#include "cuda/simt/simt.h"
+#include "kernels/adamw.h"
+#include "kernels/column_sum.h"
+#include "kernels/embedding.h"
+#include "kernels/gelu.h"
+#include "kernels/layer_norm.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/swiglu.h"
+#include "kernels/total.h"
+
+namespace tutelage::device {
+
+void rms_norm(const RmsNorm& g, cudaStream_t stream);
+void rms_norm_backward(const RmsNormBackward& g, cudaStream_t stream);
+void layer_norm(const LayerNorm& g, cudaStream_t stream);
+void layer_norm_backward(const LayerNormBackward& g, cudaStream_t stream);
+void column_sum(const ColumnSum& g, cudaStream_t stream);
+
+void rope(const Rope& g, cudaStream_t stream);
+void swiglu(const Swiglu& g, cudaStream_t stream);
+void swiglu_backward(const SwigluBackward& g, cudaStream_t stream);
+void gelu(const Gelu& g, cudaStream_t stream);
+void gelu_backward(const GeluBackward& g, cudaStream_t stream);
+void embedding(const Embedding& g, cudaStream_t stream);
+void embedding_backward(const EmbeddingBackward& g, cudaStream_t stream);
+
+void adamw(const AdamW& g, cuda::bf16* copy, cudaStream_t stream);
+void total(const Total& g, cudaStream_t stream);
+std::int64_t squares_parts(std::int64_t n);
+void sum_of_squares(const SumOfSquares& g, double* parts, cudaStream_t stream);
+
+void tile_statistics(const float* z, std::int64_t rows, std::int64_t vocab, cuda::TileStatistics* out, cudaStream_t stream);
+void sample(const cuda::Draw& g, cudaStream_t stream);
+
+}  // namespace tutelage::device
