@@ -24,27 +24,35 @@ struct Mma {
 };
 // Carried out for the whole warp by the last lane to arrive, on the registers of all: no access of that lane's own.
 __attribute__((no_sanitize_thread)) inline void mma_m16n8k16(void* const* operands) {
-  float a[16][16], b[16][8], d[16][8];
+  using Four = float __attribute__((vector_size(16)));
+  struct Row {  // of eight columns
+    Four half[2];
+  };
+  float a[16][16];
+  Row b[16], d[16];
   for (unsigned lane = 0; lane < 32; ++lane) {
     const Mma& m = *static_cast<const Mma*>(operands[lane]);
     const unsigned g = lane / 4, q = lane % 4;
     for (unsigned i = 0; i < 4; ++i) {
       const std::uint32_t halves[2] = {m.a[i] << 16, m.a[i] & 0xFFFF0000u};
       __builtin_memcpy(&a[g + i % 2 * 8][2 * q + i / 2 * 8], halves, 8);
-      d[g + i / 2 * 8][2 * q + i % 2] = m.d[i];
+      d[g + i / 2 * 8].half[q / 2][2 * q % 4 + i % 2] = m.d[i];
     }
     for (unsigned i = 0; i < 2; ++i) {
       const std::uint32_t halves[2] = {m.b[i] << 16, m.b[i] & 0xFFFF0000u};
-      __builtin_memcpy(&b[2 * q + 8 * i][g], &halves[0], 4);
-      __builtin_memcpy(&b[2 * q + 8 * i + 1][g], &halves[1], 4);
+      float pair[2];
+      __builtin_memcpy(pair, halves, 8);
+      b[2 * q + 8 * i].half[g / 4][g % 4] = pair[0], b[2 * q + 8 * i + 1].half[g / 4][g % 4] = pair[1];
     }
   }
-  for (unsigned row = 0; row < 16; ++row)
-    for (unsigned k = 0; k < 16; ++k)
-      for (unsigned n = 0; n < 8; ++n) d[row][n] += a[row][k] * b[k][n];
+  for (unsigned row = 0; row < 16; ++row) {
+    Four left = d[row].half[0], right = d[row].half[1];
+    for (unsigned k = 0; k < 16; ++k) left += a[row][k] * b[k].half[0], right += a[row][k] * b[k].half[1];
+    d[row].half[0] = left, d[row].half[1] = right;
+  }
   for (unsigned lane = 0; lane < 32; ++lane) {
     const Mma& m = *static_cast<const Mma*>(operands[lane]);
-    for (unsigned i = 0; i < 4; ++i) m.d[i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
+    for (unsigned i = 0; i < 4; ++i) m.d[i] = d[lane / 4 + i / 2 * 8].half[lane % 4 / 2][2 * (lane % 4) % 4 + i % 2];
   }
 }
 }  // namespace emulated

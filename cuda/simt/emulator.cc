@@ -59,6 +59,7 @@ std::uint64_t next_random(std::uint64_t& state) {
 }
 
 bool same_place(const Place& x, const Place& y) {
+  if (std::memcmp(&x, &y, sizeof x) == 0) return true;  // nearly always
   return x.line() == y.line() && x.column() == y.column() &&
          (x.file_name() == y.file_name() || std::strcmp(x.file_name(), y.file_name()) == 0);
 }
@@ -96,9 +97,8 @@ struct Lane : Context {
   std::unique_ptr<Stack> stack;
   dim3 thread;
   unsigned index = 0;
-  bool arrived = false, done = false;
+  bool done = false;
   WarpOperation operation = nullptr;
-  void* operand = nullptr;
   Place place;
   std::vector<PendingCopy> pending, landed;
   std::vector<std::size_t> groups;  // ends of the committed groups in `pending`
@@ -120,6 +120,10 @@ struct Site {
 struct Warp {
   unsigned order[kWarp];
   unsigned cursor = 0, arrived = 0, done = 0;
+  void* operands[kWarp];              // of the lanes that have arrived
+  WarpOperation operation = nullptr;  // of the first of them
+  Place place;
+  bool diverged = false;    // another came with something else
   unsigned generation = 0;  // of __syncwarp
   int waiting = -1;         // at this barrier
   std::vector<Site> sites;
@@ -293,35 +297,33 @@ Warp* choose_warp() {
   return &m.warps[ready[next_random(m.random) % ready.size()]];
 }
 
-// Leaves the current lane, which has arrived somewhere or is done, for whoever runs next.
-void go_on(Warp* warp) {
-  Machine& m = *machine;
-  Lane& lane = self();
-  const bool for_good = lane.done;
-  if (!warp) {
-    for (const Warp& other : m.warps)
-      if (other.waiting >= 0) {
-        const Barrier& barrier = m.barriers[other.waiting];
-        std::string others;
-        for (const Warp& w : m.warps)
-          if (w.waiting < 0 || w.waiting != other.waiting) others = where(w);
-        fail(barrier.place, "deadlock: barrier %d waits for %u threads, %u have come; a warp that has not is at %s",
-             other.waiting, barrier.expected, barrier.arrived, others.empty() ? "another barrier" : others.c_str());
-      }
-    switch_context(lane, m.launcher, for_good);  // all lanes are done
-    return;
+[[noreturn]] void fail_deadlocked(const Warp& waiting) {
+  const Machine& m = *machine;
+  const Barrier& barrier = m.barriers[waiting.waiting];
+  std::string others = "another barrier";
+  for (const Warp& warp : m.warps)
+    if (warp.waiting != waiting.waiting) others = where(warp);
+  fail(barrier.place, "deadlock: barrier %d waits for %u threads, %u have come; a warp that has not is at %s", waiting.waiting,
+       barrier.expected, barrier.arrived, others.c_str());
+}
+
+// Leaves `lane` for the next one of `warp`; without a warp for the launcher.
+void go_on(Machine& m, Lane& lane, Warp* warp) {
+  if (warp) {
+    m.current = static_cast<unsigned>(warp - m.warps.data()) * kWarp + warp->order[warp->cursor];
+    return switch_context(lane, m.lanes[m.current], lane.done);
   }
-  m.current = static_cast<unsigned>(warp - m.warps.data()) * kWarp + warp->order[warp->cursor];
-  switch_context(lane, self(), for_good);
+  for (const Warp& other : m.warps)
+    if (other.waiting >= 0) fail_deadlocked(other);
+  switch_context(lane, m.launcher, lane.done);  // all lanes are done
 }
 
 // The current lane has arrived or is done, and is not the last: its warp's next lane runs.
-void next_lane() {
-  Warp& warp = own_warp();
-  if (++warp.cursor < kWarp) return go_on(&warp);
+void next_lane(Machine& m, Lane& lane, Warp& warp) {
+  if (++warp.cursor < kWarp) return go_on(m, lane, &warp);
   if (warp.done < kWarp) fail_diverged(warp);
-  if (machine->settings.count) count_accesses(warp);
-  go_on(choose_warp());
+  if (m.settings.count) count_accesses(warp);
+  go_on(m, lane, choose_warp());
 }
 
 void lane_entry() {
@@ -336,7 +338,7 @@ void lane_entry() {
   if (!lane.pending.empty()) fail(lane.place, "a thread left the kernel with a cp.async that it never waited for");
   lane.done = true;
   ++own_warp().done;
-  next_lane();
+  next_lane(*machine, lane, own_warp());
   std::abort();  // a lane that is done is not switched to
 }
 
@@ -396,17 +398,17 @@ void run_block() {
   std::memset(m.shared, 0xFF, m.shared_bytes);  // NaN as float and as bf16
   for (Barrier& barrier : m.barriers) barrier.expected = barrier.arrived = 0;
   for (Warp& warp : m.warps) {
-    warp.arrived = warp.done = 0, warp.waiting = -1;
+    warp.arrived = warp.done = 0, warp.waiting = -1, warp.diverged = false;
     arrange(warp);
   }
   for (Lane& lane : m.lanes) {
-    lane.arrived = lane.done = false;
+    lane.done = false;
     lane.pending.clear(), lane.groups.clear();
 #if defined(__SANITIZE_ADDRESS__)
     // a lane that is done has left its last frames, and their red zones, where they were
     __asan_unpoison_memory_region(static_cast<const char*>(lane.bottom) + lane.size - kStackBytes / 8, kStackBytes / 8);
 #endif
-    lane.pointer = make_fiber(*lane.stack, lane_entry);
+    lane.pointer = make_fiber(*lane.stack, lane_entry, lane.index % 16 * 256);
     lane.place = m.launch.place;
   }
   release(&m.start_token);
@@ -451,23 +453,24 @@ void fail(Place place, const char* format, ...) {
 
 void collective(WarpOperation operation, void* operand, Place place) {
   const Unseen unseen;
-  Lane& lane = self();
-  Warp& warp = own_warp();
-  lane.operation = operation, lane.operand = operand, lane.place = place;
-  if (++warp.arrived < kWarp) return next_lane();
-  const Lane* lanes = &machine->lanes[machine->current / kWarp * kWarp];
-  void* operands[kWarp];
-  for (unsigned i = 0; i < kWarp; ++i) {
-    if (lanes[i].operation != operation || !same_place(lanes[i].place, place)) fail_diverged(warp);
-    operands[i] = lanes[i].operand;
-  }
+  Machine& m = *machine;
+  Lane& lane = m.lanes[m.current];
+  Warp& warp = m.warps[m.current / kWarp];
+  lane.operation = operation, lane.place = place;
+  warp.operands[m.current % kWarp] = operand;
+  if (warp.arrived == 0)
+    warp.operation = operation, warp.place = place;
+  else if (warp.operation != operation || !same_place(warp.place, place))
+    warp.diverged = true;
+  if (++warp.arrived < kWarp) return next_lane(m, lane, warp);
+  if (warp.diverged) fail_diverged(warp);
   warp.arrived = 0;
-  if (machine->settings.count) count_accesses(warp);
-  operation(operands);
+  if (m.settings.count) count_accesses(warp);
+  operation(warp.operands);
   arrange(warp);
-  const bool change = operation == barrier_operation ||
-                      (machine->settings.schedule == Schedule::random && next_random(machine->random) % 4 == 0);
-  go_on(change ? choose_warp() : &warp);
+  const bool change =
+      operation == barrier_operation || (m.settings.schedule == Schedule::random && next_random(m.random) % 4 == 0);
+  go_on(m, lane, change ? choose_warp() : &warp);
 }
 
 void sync_block(unsigned barrier, unsigned threads, Place place) { meet_at_barrier(barrier, threads, true, place); }

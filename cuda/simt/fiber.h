@@ -29,8 +29,10 @@ class Stack {
 // The stack pointer of a fiber that is not running; everything else it keeps lies on its stack.
 using StackPointer = void*;
 
-// A fiber that starts in `entry` (which never returns) when it is first switched to.
-StackPointer make_fiber(const Stack& stack, void (*entry)());
+// A fiber that starts in `entry` (which never returns) when it is first switched to, `offset` bytes (a multiple of 16) below
+// the stack's end: stacks lie whole pages apart, and if all began at the same place of a page they would share a few sets of
+// the first-level cache.
+StackPointer make_fiber(const Stack& stack, void (*entry)(), std::size_t offset = 0);
 
 // Leaves the running fiber, whose stack pointer goes to *from, and goes on in `to`.
 extern "C" void simt_switch(StackPointer* from, StackPointer to);
