@@ -19,7 +19,9 @@ bool passes(const std::function<void()>& check) {  // what a failed check tells 
   return true;
 }
 
-static __global__ void last_writer(int* out) { st_global(out, static_cast<int>(blockIdx.x)); }
+static __global__ void last_writer(int* out) {
+  if (threadIdx.x == 0) st_global(out, static_cast<int>(blockIdx.x));
+}
 static __global__ void spread(float* out, unsigned stride) {
   float* s = dyn_smem<float>();
   st_shared(s + threadIdx.x * stride, 1.0f);
