@@ -1,33 +1,40 @@
-# The CUDA kernels, compiled for GPUs: the object library tutelage_cuda, if TUTELAGE_CUDA says so. No driver is needed to build
-# or to link it (static runtime). Sets TUTELAGE_CUDA_BUILT.
+# The CUDA kernels, compiled for GPUs: the target tutelage_cuda, if TUTELAGE_CUDA says so. No driver is needed to build or to link
+# it. Sets TUTELAGE_CUDA_BUILT, and TUTELAGE_CUDA_OBJECTS, what a module links.
+#
+# nvcc is called by hand: CMake 3.21 … 3.25, which Debian has, do not know the dialects of nvcc 13.
 set(TUTELAGE_CUDA_BUILT OFF)
+set(TUTELAGE_CUDA_OBJECTS "")
 if(NOT TUTELAGE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "TUTELAGE_CUDA is ${TUTELAGE_CUDA}: AUTO, ON or OFF are expected")
 endif()
 if(NOT TUTELAGE_CUDA STREQUAL "OFF")
-  include(CheckLanguage)
-  # A100 and its like (8.6, 8.9 run the same code), H100, and PTX for what comes later
-  set(CMAKE_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "As CMake's CUDA_ARCHITECTURES")
+  find_program(TUTELAGE_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
   find_library(TUTELAGE_CUDA_DRIVER NAMES libcuda.so.1)
-  mark_as_advanced(TUTELAGE_CUDA_DRIVER)
-  if(TUTELAGE_CUDA STREQUAL "ON" OR TUTELAGE_CUDA_DRIVER)
-    check_language(CUDA)
+  mark_as_advanced(TUTELAGE_NVCC TUTELAGE_CUDA_DRIVER)
+  if(TUTELAGE_CUDA STREQUAL "ON" AND NOT TUTELAGE_NVCC)
+    message(FATAL_ERROR "TUTELAGE_CUDA is ON and nvcc is not found: put it into PATH or set CUDA_HOME")
   endif()
-  if(TUTELAGE_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
-    message(FATAL_ERROR "TUTELAGE_CUDA is ON and nvcc is not found: put it into PATH or set CMAKE_CUDA_COMPILER")
-  endif()
-  if(CMAKE_CUDA_COMPILER)
+  if(TUTELAGE_NVCC AND (TUTELAGE_CUDA STREQUAL "ON" OR TUTELAGE_CUDA_DRIVER))
     set(TUTELAGE_CUDA_BUILT ON)
   endif()
 endif()
 
 if(TUTELAGE_CUDA_BUILT)
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-  enable_language(CUDA)
-  file(GLOB cuda_units CONFIGURE_DEPENDS cuda/units/*.cu)
-  add_library(tutelage_cuda OBJECT ${cuda_units})
-  target_include_directories(tutelage_cuda PUBLIC ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/cpp)
+  # A100 and its like (8.6, 8.9 run the same code), H100, and PTX for what comes later
+  set(TUTELAGE_CUDA_ARCHITECTURES
+    "-gencode=arch=compute_80,code=sm_80;-gencode=arch=compute_90,code=[sm_90,compute_90]" CACHE STRING "nvcc's -gencode options")
   # Nothing is fused behind a kernel's back: see cuda/ptx/math.h. tools/check_cuda.py compiles with the same flags.
-  # (The dialect by hand: CMake 3.25 does not know nvcc 13's.)
-  target_compile_options(tutelage_cuda PRIVATE -std=c++20 -fmad=false -Xcompiler=-fvisibility=hidden)
+  set(cuda_flags -std=c++20 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -I${CMAKE_CURRENT_SOURCE_DIR}
+    -I${CMAKE_CURRENT_SOURCE_DIR}/cpp)
+  file(GLOB cuda_units CONFIGURE_DEPENDS cuda/units/*.cu)
+  foreach(unit IN LISTS cuda_units)
+    get_filename_component(name ${unit} NAME_WE)
+    set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.o)
+    add_custom_command(OUTPUT ${object}
+      COMMAND ${CMAKE_COMMAND} -E make_directory ${CMAKE_CURRENT_BINARY_DIR}/cuda
+      COMMAND ${TUTELAGE_NVCC} ${cuda_flags} ${TUTELAGE_CUDA_ARCHITECTURES} -MD -MF ${object}.d -c ${unit} -o ${object}
+      DEPENDS ${unit} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
+    list(APPEND TUTELAGE_CUDA_OBJECTS ${object})
+  endforeach()
+  add_custom_target(tutelage_cuda ALL DEPENDS ${TUTELAGE_CUDA_OBJECTS})
 endif()
