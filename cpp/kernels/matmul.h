@@ -20,7 +20,6 @@
 
 #include <cstdint>
 
-
 namespace tutelage {
 
 enum class Activation : std::uint8_t { none, gelu, gelu_erf, swiglu, gelu_backward, gelu_erf_backward, swiglu_backward };
