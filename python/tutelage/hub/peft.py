@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ from tutelage.hub.model_card import CARD, Lineage, adapter_card, adapter_lineage
 from tutelage.hub.weights import check_tensor, open_weights
 from tutelage.lora import LoraConfig
 from tutelage.safetensors_io import safetensors_chunks
+
+_log = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 _TASKS: Mapping[str, Head] = {"CAUSAL_LM": "lm", "SEQ_CLS": "scalar"}
@@ -109,6 +112,8 @@ def read_config(folder: str | Path) -> AdapterFolder:
     for name, value in values.items():
         if name not in (*_READ, *_IRRELEVANT) and value not in (None, False, {}, []):
             raise wrong(name, "is not supported")
+    if values.get("lora_dropout") not in (None, 0):
+        _log.warning("%s: lora_dropout not used, tutelage has no dropout", path)
     if values.get("bias", "none") != "none":
         raise wrong("bias", 'is not supported (only "none")')
     if values.get("init_lora_weights") not in _PLAIN_STARTS:
