@@ -92,13 +92,13 @@ class LlamaCpp:
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
 
-    def rate(self, prompts: list[list[int]], new_tokens: int, seconds: float) -> float:
-        """Tokens a second of decoding, over about so many seconds, at most `new_tokens` behind the prompts."""
+    def rate(self, prompts: list[list[int]], new_tokens: int, seconds: float, least: int) -> float:
+        """Tokens a second of decoding, over about so many seconds and at least `least` steps, to `new_tokens` behind them."""
         if not len(prompts[0]) <= self.position <= len(prompts[0]) + new_tokens // 2:
             self.read(prompts)
         tokens = [prompt[-1] for prompt in prompts]
         steps, begin = 0, time.perf_counter()
-        while steps < 2 or (time.perf_counter() - begin < seconds and self.position < len(prompts[0]) + new_tokens):
+        while steps < least or (time.perf_counter() - begin < seconds and self.position < len(prompts[0]) + new_tokens):
             self.step(tokens)
             steps += 1
         return self.batch * steps / (time.perf_counter() - begin)

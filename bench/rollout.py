@@ -25,7 +25,8 @@ from .measure import OURS, Case, Measurement, Plan, Spread, measure, report
 from .train import SMOLLM2_135M
 
 PROMPT, NEW_TOKENS = 64, 128
-WINDOW_SECONDS = 0.3  # of steps between two samples of the ceilings
+WINDOW_SECONDS = 0.3  # of steps between two samples of the ceilings ...
+LEAST_STEPS = 8  # ... and at least so many: a single step may be the one that touches new memory
 
 
 def run(config: RolloutConfig) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _adapted(model: Model, batch: int) -> Iterator[Callable[[], float]]:
 @contextmanager
 def _llama_cpp(path: Path, config: ModelConfig, batch: int) -> Iterator[Callable[[], float]]:
     with llama_cpp.LlamaCpp(path, batch, PROMPT + NEW_TOKENS + 2, torch.get_num_threads()) as theirs:
-        yield partial(theirs.rate, prompts_of(config, batch, PROMPT), NEW_TOKENS, WINDOW_SECONDS)
+        yield partial(theirs.rate, prompts_of(config, batch, PROMPT), NEW_TOKENS, WINDOW_SECONDS, LEAST_STEPS)
 
 
 def prompts_of(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
@@ -190,32 +191,43 @@ class Windows:
 
     def window(self) -> tuple[int, float, float]:
         """(steps, seconds, mean context) of some steps in which every sequence got a token."""
-        if self._left < 2:
+        if self._left < LEAST_STEPS:
             self._start()
         first, begin = self._left, time.perf_counter()
-        while self._left > 0 and time.perf_counter() - begin < WINDOW_SECONDS:
+        while self._left > 0 and (first - self._left < LEAST_STEPS or time.perf_counter() - begin < WINDOW_SECONDS):
             self._generation.step()
             self._left -= 1
         seconds, steps = time.perf_counter() - begin, first - self._left
         return steps, seconds, PROMPT + NEW_TOKENS - first + steps / 2
 
 
-def peer_rate(theirs: Any, config: ModelConfig, batch: int, steps: int = 8) -> float:
-    """Tokens a second of transformers' generate: `steps` + 1 tokens, less the time of 1."""
+class Clock:
+    """A streamer of transformers: when the prompts and each step's tokens were there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def peer_rate(theirs: Any, config: ModelConfig, batch: int, steps: int = LEAST_STEPS) -> float:
+    """Tokens a second of transformers' generate: `steps` tokens, from the moment of the one before them."""
     ids = torch.tensor(prompts_of(config, batch, PROMPT))
-
-    def seconds(tokens: int) -> float:
-        begin = time.perf_counter()
-        theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            do_sample=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return time.perf_counter() - begin
-
-    seconds(1)
-    return batch * steps / max(seconds(steps + 1) - seconds(1), 1e-9)
+    clock = Clock()
+    theirs.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=steps + 1,
+        max_new_tokens=steps + 1,
+        do_sample=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        streamer=clock,
+    )
+    if len(clock.times) != steps + 2:
+        raise RuntimeError(f"transformers' generate reported {len(clock.times)} times, not the prompts and {steps + 1} tokens")
+    return batch * steps / (clock.times[-1] - clock.times[1])

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -181,21 +180,8 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
                      kv = c.key_width();
   const std::int64_t qk_heads = c.num_attention_heads + c.num_key_value_heads;
 
-  // The four products before an attention fetch the heads that it finds in the cache, each as large a share as it is itself.
-  const std::int64_t sizes[] = {q * d, d * c.pre_width(), c.intermediate_size * d, d * qkv};
-  const bool generates = g.rows_due_ != nullptr, more = generates && index + 1 < g.blocks_.size();
-  const CachedAttention now = generates ? cached(g, index) : CachedAttention{};
-  const CachedAttention next = more ? cached(g, index + 1) : CachedAttention{};
-  auto fetch_ahead = [&](Matmul& product, const CachedAttention& cache, int place) {
-    const std::int64_t heads = cache.segments * cache.kv_heads, all = std::accumulate(sizes, sizes + 4, std::int64_t{0});
-    const std::int64_t before = std::accumulate(sizes, sizes + place, std::int64_t{0});
-    product.ahead = &cache;
-    product.ahead_begin = heads * before / all, product.ahead_end = heads * (before + sizes[place]) / all;
-  };
-
   norm(params, w.norm1, w.norm1_bias, a.x, nullptr, g.tokens_, g.scratch_norm_, a.mean1, a.rstd1, threads);
   Matmul into_qkv;
-  if (generates) fetch_ahead(into_qkv, now, 3);
   into_qkv.c = a.qkv, into_qkv.c_row = qkv;
   linear(g, params, w.qkv, w.qkv_bias, d, qkv, g.scratch_norm_, d, into_qkv, threads);
 
@@ -219,33 +205,18 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
   attend(g, index, queries, qk_row, a, threads);
 
   Matmul into_x1;
-  if (more) fetch_ahead(into_x1, next, 0);
   into_x1.c = a.x1, into_x1.c_row = d, into_x1.residual = a.x, into_x1.residual_row = d;
   linear(g, params, w.out, w.out_bias, q, d, a.o, q, into_x1, threads);
 
   norm(params, w.norm2, w.norm2_bias, a.x1, nullptr, g.tokens_, g.scratch_norm_, a.mean2, a.rstd2, threads);
   Matmul into_pre;
-  if (more) fetch_ahead(into_pre, next, 1);
   into_pre.c = a.pre, into_pre.c_row = c.pre_width(), into_pre.activation = forward_activation(c.mlp);
   into_pre.activated = g.scratch_mlp_, into_pre.activated_row = c.intermediate_size;
   linear(g, params, w.up, w.up_bias, d, c.pre_width(), g.scratch_norm_, d, into_pre, threads);
   if (x_next == nullptr) return;  // a recomputed block: its output is known
   Matmul into_next;
-  if (more) fetch_ahead(into_next, next, 2);
   into_next.c = x_next, into_next.c_row = d, into_next.residual = a.x1, into_next.residual_row = d;
   linear(g, params, w.down, w.down_bias, c.intermediate_size, d, g.scratch_mlp_, c.intermediate_size, into_next, threads);
-}
-
-// What layer `index` finds in the cache.
-CachedAttention Transformer::cached(const Graph& g, std::size_t index) const {
-  const GenerationRows& rows = *g.rows_due_;
-  const AttentionShape shape = attention_shape(g, index);
-  CachedAttention c;
-  c.heads = shape.heads, c.kv_heads = shape.kv_heads, c.head_dim = shape.head_dim, c.window = shape.window;
-  c.scale = shape.scale, c.segments = static_cast<std::int64_t>(rows.blocks.size());
-  c.cu_rows = rows.cu_rows.data(), c.first_position = rows.first_position.data(), c.blocks = rows.blocks.data();
-  c.offset = static_cast<std::int64_t>(index) * cached_attention_elements(c.kv_heads, c.head_dim);
-  return c;
 }
 
 // Over the batch itself, or over the cache.
@@ -258,7 +229,12 @@ void Transformer::attend(const Graph& g, std::size_t index, const void* queries,
     table_.flash_attention({shape, queries, keys, values, qk_row, qk_row, config_.qkv_width(), a.o, q, a.lse}, threads);
     return;
   }
-  CachedAttention c = cached(g, index);
+  const GenerationRows& rows = *g.rows_due_;
+  CachedAttention c;
+  c.heads = shape.heads, c.kv_heads = shape.kv_heads, c.head_dim = shape.head_dim, c.window = shape.window;
+  c.scale = shape.scale, c.segments = static_cast<std::int64_t>(rows.blocks.size());
+  c.cu_rows = rows.cu_rows.data(), c.first_position = rows.first_position.data(), c.blocks = rows.blocks.data();
+  c.offset = static_cast<std::int64_t>(index) * cached_attention_elements(c.kv_heads, c.head_dim);
   c.q = queries, c.k = keys, c.v = values, c.q_row = c.k_row = qk_row, c.v_row = config_.qkv_width();
   c.o = a.o, c.o_row = q;
   table_.cached_attention(c, threads);

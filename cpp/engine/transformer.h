@@ -160,7 +160,6 @@ class Transformer {
   void lay_out(Graph& graph, Plan& plan) const;
   std::unique_ptr<Graph> forward(const Batch& batch, const Weights& weights, const Options& options);
   void run_blocks(Graph& graph, const void* params, const Options& options);
-  CachedAttention cached(const Graph& g, std::size_t index) const;
   void attend(const Graph& g, std::size_t index, const void* queries, std::int64_t qk_row, const BlockActivations& a,
               int threads) const;
   void forward_block(const Graph& g, std::size_t index, const void* params, const BlockActivations& a, void* x_next,

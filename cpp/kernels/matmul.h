@@ -20,8 +20,6 @@
 
 #include <cstdint>
 
-#include "kernels/cached_attention.h"
-
 namespace tutelage {
 
 enum class Activation : std::uint8_t { none, gelu, gelu_erf, swiglu, gelu_backward, gelu_erf_backward, swiglu_backward };
@@ -46,10 +44,6 @@ struct Matmul {
   std::int64_t pre_row = 0;
   const void* packed = nullptr;  // B as pack_weight leaves it (b is not looked at); not for the backward activations
   bool packed_half = false;      // of bfloat16
-  // The attention that follows, over a cache that lies in far memory: a packed product of several row tiles fetches its
-  // heads [ahead_begin, ahead_end) of segments x kv_heads meanwhile. Changes no bit.
-  const CachedAttention* ahead = nullptr;
-  std::int64_t ahead_begin = 0, ahead_end = 0;
 };
 
 }  // namespace tutelage

@@ -57,13 +57,15 @@ class Sizes:
     sft_steps: int = 80
     batch: int = 128
     """Answers of a step, for PPO and GRPO alike."""
-    group: int = 8
+    group: int = 4
     """Of them answers to one sum, for GRPO."""
-    steps: int = 40
+    ppo_steps: int = 40
+    grpo_steps: int = 90
+    """More of them, as each asks only `batch / group` sums and has no critic to teach."""
     lora_rank: int = 16
 
 
-QUICK = Sizes(exam=32, shown=100, window=128, articles=4, sft_steps=4, batch=16, group=4, steps=2)
+QUICK = Sizes(exam=32, shown=100, window=128, articles=4, sft_steps=4, batch=16, group=4, ppo_steps=2, grpo_steps=2)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class _Addition:
             data=(self.course.data("tried"),),
             max_completion_length=self._sizes.longest,
             batch_size=self._sizes.batch,
-            max_steps=self._sizes.steps,
+            max_steps=self._sizes.ppo_steps,
             num_mini_batches=2,
             learning_rate=5e-4,
             critic_learning_rate=1e-3,
@@ -145,7 +147,7 @@ class _Addition:
             max_completion_length=self._sizes.longest,
             batch_size=self._sizes.batch // self._sizes.group,
             num_generations=self._sizes.group,
-            max_steps=self._sizes.steps,
+            max_steps=self._sizes.grpo_steps,
             num_mini_batches=2,
             learning_rate=5e-4,
         )

@@ -186,7 +186,7 @@ class _Movies:
         )
 
     def _ppo_ptx(self) -> PpoConfig:
-        return self._ppo("ppo_ptx", ptx_coef=0.5, ptx_data=(self.course.data("articles"),), ptx_ratio=0.25, ptx_length=64)
+        return self._ppo("ppo_ptx", ptx_coef=0.5, ptx_data=(self.course.data("articles"),), ptx_ratio=0.125, ptx_length=64)
 
     def _dpo(self) -> DpoConfig:
         return DpoConfig(
@@ -197,7 +197,7 @@ class _Movies:
             max_steps=self._sizes.dpo_steps,
             learning_rate=3e-4,
             warmup_ratio=0.1,
-            beta=0.1,
+            beta=0.3,
         )
 
     # ---- the course

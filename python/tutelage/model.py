@@ -500,10 +500,13 @@ class Model:
             raise ValueError("this model has no adapter: make one with with_lora()")
         return self.base, self.lora
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter alone, as PEFT does (adapter_config.json, adapter_model.safetensors), and the tokenizer.
+    def save_adapter(self, folder: str | Path, *, stage: hugging_face.Stage | None = None) -> None:
+        """Writes the adapter alone, as PEFT does (adapter_config.json, adapter_model.safetensors), tokenizer and model card.
 
         ``peft.PeftModel.from_pretrained`` and :meth:`load_adapter` put it on its base, :meth:`from_pretrained` loads both.
+
+        Args:
+            stage: what was done to the adapter, for its card, README.md. A README.md of somebody's own stays.
 
         Raises:
             ValueError: this model is no adapter.
@@ -515,6 +518,10 @@ class Model:
             self.head,
             self.named_parameters(),
             base_folder=base.name_or_path,
+            base_parameters=base.params.numel(),
+            origin=self.origin,
+            base_origin=base.origin,
+            stage=stage,
             fan_in_fan_out=self.config.position == "learned",
             eos_token_ids=self.eos_token_ids,
             bos_token_id=None if self.tokenizer is None else self.tokenizer.bos_token_id,
@@ -552,6 +559,7 @@ class Model:
                 model._view(model.params, name).copy_(tensor)
         if (Path(folder) / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(folder)
+        model.origin = peft.read_origin(folder, base.origin)
         model.eos_token_ids = hugging_face.read_eos_token_ids(folder) or base.eos_token_ids
         if not fresh_head:
             model.reward_bias = found.reward_bias
@@ -614,7 +622,7 @@ class Model:
         stage: hugging_face.Stage | None = None,
     ) -> None:
         """Writes a folder that ``transformers.Auto…from_pretrained`` and :meth:`from_pretrained` load; of an adapter as
-        :meth:`save_adapter`, which writes no card.
+        :meth:`save_adapter`.
 
         What came with the model (tokenizer, chat template, generation settings, license) is written too.
 
@@ -630,7 +638,7 @@ class Model:
         if self.base is not None:
             if dtype is not None:
                 raise ValueError(f"an adapter is saved in float32, not in {dtype}: leave dtype out, or merge() it first")
-            return self.save_adapter(folder)
+            return self.save_adapter(folder, stage=stage)
         hugging_face.write_folder(
             folder,
             self.config,

@@ -306,14 +306,6 @@ TEST(nothing_to_do_writes_nothing) {
 
 // Whatever the rows, the bits of the product with the plain matrix; with bfloat16 panels, of the plain matrix rounded to it.
 TEST(a_packed_weight_gives_the_bits_of_the_plain_one) {
-  // A cache of one sequence with two heads, to be fetched on the way.
-  std::vector<float> memory(static_cast<std::size_t>(cached_attention_elements(2, 16)));
-  void* block = memory.data();
-  void* const* blocks = &block;
-  const std::int32_t rows[] = {0, 1}, first[] = {70};
-  CachedAttention cache;
-  cache.kv_heads = 2, cache.head_dim = 16, cache.segments = 1, cache.cu_rows = rows, cache.first_position = first;
-  cache.blocks = &blocks;
   for (int64_t m : {1, 2, 7, 12, 13, 25, 40, 300})
     for (auto [n, k] : {std::pair<int64_t, int64_t>{50, 23}, {576, 130}, {34, 800}})
       for (Activation activation : {Activation::none, Activation::gelu, Activation::swiglu})
@@ -342,7 +334,6 @@ TEST(a_packed_weight_gives_the_bits_of_the_plain_one) {
                 Matmul call = x.call(g);
                 t->pack_weight({n, k, call.b, call.b_row, call.b_col, gate_up, half, panels.data()}, threads);
                 call.b = nullptr, call.packed = panels.data(), call.packed_half = half;
-                call.ahead = &cache, call.ahead_begin = 1, call.ahead_end = 2;
                 t->matmul(call, threads);
                 CHECK(same_bits(x.c, plain.c) && same_bits(x.activated, plain.activated), g.name(), t->name, "half", half,
                       "threads", threads);

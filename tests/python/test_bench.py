@@ -359,7 +359,7 @@ class FakeLlamaCpp:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def rate(self, prompts: list[list[int]], new_tokens: int, seconds: float) -> float:
+    def rate(self, prompts: list[list[int]], new_tokens: int, seconds: float, least: int) -> float:
         assert (len(prompts), len(prompts[0]), new_tokens, seconds) == (self.batch, 64, 128, 0.01)
         return 2.0
 

@@ -29,6 +29,7 @@ from models_for_tests import (
     tiny_model,
 )
 from tutelage import AdamW, Model, _core, pack
+from tutelage.hub.model_card import Stage, read_lineage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,7 +304,7 @@ def test_a_saved_adapter_is_loaded_with_its_base(tmp_path: Path) -> None:
     policy.eos_token_ids = (3, 5)
     policy.save_pretrained(tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
     ]  # fmt: skip
     batch = batch_for(base, LENGTHS)
     again = Model.from_pretrained(tmp_path / "adapter")
@@ -319,6 +320,34 @@ def test_a_saved_adapter_is_loaded_with_its_base(tmp_path: Path) -> None:
     assert "adapter_config.json" not in {path.name for path in (tmp_path / "adapter").iterdir()}
     policy.save_adapter(tmp_path / "adapter")  # and back
     assert not (tmp_path / "adapter" / "config.json").exists()
+
+
+def test_an_adapters_card_goes_on_with_that_of_its_base(tmp_path: Path) -> None:
+    """And the adapter's successors, trained on or merged, with both."""
+
+    def commands(folder: Path) -> list[str]:
+        return [stage.command for stage in read_lineage(folder).stages]
+
+    tiny_model("llama").save_pretrained(tmp_path / "base", stage=Stage("pretrain"))
+    policy = lora_model(base=Model.from_pretrained(tmp_path / "base"))
+    policy.save_pretrained(tmp_path / "first", stage=Stage("sft", {"steps": 3}))
+    assert commands(tmp_path / "first") == ["pretrain", "sft"]
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert (
+        "library_name: peft" in card
+        and "1. `tutelage pretrain` (the model under it)\n" in card
+        and "2. `tutelage sft`\n" in card
+    )
+    assert f"{policy.params.numel():,} parameters" in card and str(tmp_path) not in card
+    again = Model.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second", stage=Stage("dpo"))
+    assert commands(tmp_path / "second") == ["pretrain", "sft", "dpo"]
+    again.merge().save_pretrained(tmp_path / "merged", stage=Stage("dpo"))
+    assert commands(tmp_path / "merged") == ["pretrain", "sft", "dpo"]
+    assert "(the model under it)" not in (tmp_path / "merged" / "README.md").read_text()
+    (tmp_path / "first" / "README.md").write_text("mine")
+    policy.save_pretrained(tmp_path / "first", stage=Stage("ppo"))
+    assert (tmp_path / "first" / "README.md").read_text() == "mine"
 
 
 def test_a_reward_models_bias_is_saved_with_its_adapter(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tutelage.hub.model_card import CARD, Lineage, Stage, card, may_replace, read_lineage
+from tutelage.hub.model_card import CARD, Lineage, Stage, adapter_card, adapter_lineage, card, may_replace, read_lineage
+from tutelage.lora import LoraConfig
 
 SFT = Stage("sft", {"data": ["rows.jsonl"], "steps": 40, "loss": 1.25})
 PPO = Stage("ppo", {"reward_funcs": ["judge.py:right"], "score": -0.5, "whiten": True})
@@ -60,6 +61,65 @@ def test_a_reward_models_card_tells_of_the_bias_and_of_padding() -> None:
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "`reward_bias` in config.json is 0.75" in text and "AutoModelForSequenceClassification" in text
     assert "a padding token that no text ends with" in text
+
+
+BASE = Lineage("org/base", {"license": "mit"}).then(Stage("convert", {"source": "base.gguf"}))
+
+
+def adapters(lineage: Lineage, base: Lineage = BASE, head: Any = "lm", lora: LoraConfig | None = None) -> str:
+    lora = lora or LoraConfig(8, 16, ("q_proj", "v_proj"))
+    return adapter_card(head, lora, 4321, 1234567, lineage, base, 0.75).decode()
+
+
+def test_an_adapters_card_says_what_was_done_to_it_and_what_to_the_model_under_it() -> None:
+    text = adapters(BASE.then(SFT))
+    assert front_matter(text) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "base_model": "org/base",
+        "license": "mit",
+        "tags": ["tutelage", "lora", "convert", "sft"],
+        "tutelage": [
+            {"command": "convert", "source": "base.gguf"},
+            {"command": "sft", "data": ["rows.jsonl"], "steps": 40, "loss": 1.25},
+        ],
+    }
+    assert (
+        "LoRA of rank 8, alpha 16, on q_proj, v_proj: 4,321 parameters, as float32. It goes on the model of 1,234,567 "
+        "parameters that `base_model_name_or_path` in adapter_config.json names, which began as `org/base` and had been "
+        "through `convert`.\n"
+    ) in text
+    assert "1. `tutelage convert` (the model under it)\n" in text and "2. `tutelage sft`\n" in text
+    assert "reward_bias" not in text and "num_labels" not in text
+    published, own = Lineage("org/base"), Lineage()
+    assert "names, which is `org/base`.\n" in adapters(published.then(SFT), published)
+    assert "(the model under it)" not in adapters(published.then(SFT), published)
+    text = adapters(own.then(SFT), own, lora=LoraConfig(8, 16, (), use_rslora=True))
+    assert "alpha 16 / √rank, on all linear layers: 4,321" in text and "names, which began with random weights.\n" in text
+    assert "base_model" not in front_matter(text)
+
+
+def test_a_reward_adapters_card_tells_of_the_bias_and_of_padding() -> None:
+    text = adapters(BASE.then(Stage("reward")), head="scalar")
+    assert front_matter(text)["pipeline_tag"] == "text-classification"
+    assert (
+        "`reward_bias` in the metadata of adapter_model.safetensors is 0.75. tutelage subtracts it from every reward and PEFT"
+        in text
+    )
+    assert 'AutoModelForSequenceClassification.from_pretrained("the model under it", num_labels=1)' in text
+    assert "a padding token that no text ends with" in text
+
+
+def test_an_adapters_history_is_that_of_its_card(tmp_path: Path) -> None:
+    assert adapter_lineage(tmp_path / "none", BASE) == BASE
+    write(tmp_path / "ours", adapters(BASE.then(SFT)))
+    assert adapter_lineage(tmp_path / "ours", BASE) == BASE.then(SFT)
+    write(tmp_path / "theirs", "---\nlicense: apache-2.0\nlanguage: de\nbase_model: runs/base\n---\n# Their words\n")
+    theirs = adapter_lineage(tmp_path / "theirs", BASE)
+    assert theirs == Lineage("theirs", {"license": "apache-2.0", "language": "de"}, BASE.stages)
+    text = adapters(theirs.then(SFT))
+    assert "which began as `org/base` and had been through `convert`. The adapter began as `theirs`.\n" in text
+    assert "1. `tutelage convert` (the model under it)" in text and "2. `tutelage sft`\n" in text
 
 
 def test_a_line_of_models_keeps_its_history(tmp_path: Path) -> None:

@@ -169,13 +169,18 @@ def test_what_we_write_is_the_same_model_in_peft(tmp_path: Path, kind: str, head
         assert (ours(model) - outputs(theirs.double().eval(), head)).abs().max() < 2e-5
 
 
-def test_a_folder_trained_with_dropout_is_read_and_it_is_left_out(tmp_path: Path) -> None:
+def test_a_folder_trained_with_dropout_is_read_and_it_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base(tmp_path / "base", "llama")
     theirs = adapted(tmp_path / "base", "llama", lora_dropout=0.1)
     theirs.float().save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         model = Model.from_pretrained(tmp_path / "adapter")
         assert (ours(model) - outputs(theirs.double(), "lm")).abs().max() < 2e-5
+    assert caplog.text.count("adapter_config.json: lora_dropout not used, tutelage has no dropout") == 1
+    caplog.clear()
+    model.save_adapter(tmp_path / "again")
+    Model.from_pretrained(tmp_path / "again")
+    assert "dropout" not in caplog.text, "control"
 
 
 @pytest.mark.parametrize(

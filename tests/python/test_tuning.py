@@ -23,6 +23,7 @@ from tutelage import Model
 from tutelage.checkpoint import load_checkpoint
 from tutelage.cli import main
 from tutelage.hub import hugging_face
+from tutelage.hub.model_card import read_lineage
 from tutelage.train.configs import DpoConfig, SftConfig
 from tutelage.train.picture import read_metrics
 from tutelage.train.tuning import TuningResult, before, content, start
@@ -199,6 +200,7 @@ def test_an_adapters_folder_is_trained_on(world: World, tmp_path: Path) -> None:
     lines = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
     assert lines[0]["rewards/margins"] == 0.0, "the reference is the adapter as it began"
     preferring = Model.from_pretrained(tmp_path / "dpo" / "model")
+    assert [stage.command for stage in read_lineage(tmp_path / "dpo" / "model").stages] == ["sft", "dpo"]
     assert preferring.base is not None and preferring.base.is_from(world.base)
     run("ppo", world, tmp_path / "ppo", model=str(taught), max_steps=2)
     assert next(iter(read_metrics(tmp_path / "ppo" / "metrics.jsonl")))["objective/kl"] == 0.0

@@ -464,7 +464,19 @@ def cut_movies(folder: Path, model: Callable[[Path], None] = base_model, **optio
 
 
 def cut_addition(folder: Path, **options: Any) -> Mapping[str, Any]:
-    sizes = SumSizes(exam=20, shown=40, window=16, articles=2, sft_batch=8, sft_steps=3, batch=8, group=4, steps=2, lora_rank=2)
+    sizes = SumSizes(
+        exam=20,
+        shown=40,
+        window=16,
+        articles=2,
+        sft_batch=8,
+        sft_steps=3,
+        batch=8,
+        group=4,
+        ppo_steps=2,
+        grpo_steps=2,
+        lora_rank=2,
+    )
     config = AdditionConfig(output_dir=str(folder), packages=str(folder / "none"), **options)
     return addition(config, SumSources(base_model, articles), sizes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from tutelage.config import Head
+from tutelage.lora import LoraConfig
 
 CARD = "README.md"
 
@@ -122,6 +123,21 @@ def _stages(value: object) -> Iterable[Stage]:
             yield Stage(entry["command"], figures)
 
 
+def adapter_lineage(folder: Path, base: Lineage) -> Lineage:
+    """What is passed on of an adapter's folder whose model is of the lineage `base`.
+
+    A card of ours tells of both. Of others' adapters their license and data go along, and the folder's name is what the model
+    began as. Without a card: as if it had been the model under it.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return base
+    own = read_lineage(folder)
+    if may_replace(path):
+        return own
+    return Lineage(own.base_model, {**base.fields, **own.fields}, base.stages)
+
+
 def may_replace(path: Path) -> bool:
     """Whether a card may be written to `path`: nothing is there, or a card that was written by us."""
     if not path.exists():
@@ -135,17 +151,7 @@ def card(head: Head, architecture: str, parameters: int, dtype: str, lineage: Li
 
     architecture: the class of transformers. dtype: that the weights are stored in.
     """
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation" if head == "lm" else "text-classification",
-        **({} if lineage.base_model is None else {"base_model": lineage.base_model}),
-        **lineage.fields,
-        "tags": ["tutelage", *dict.fromkeys(stage.command for stage in lineage.stages)],
-    }
-    if lineage.stages:
-        front["tutelage"] = [{"command": stage.command, **stage.figures} for stage in lineage.stages]
     kind = "language" if head == "lm" else "reward"
-    auto = "AutoModelForCausalLM" if head == "lm" else "AutoModelForSequenceClassification"
     began = "It began with random weights." if lineage.base_model is None else f"It began as `{lineage.base_model}`."
     lines = [
         f"# A {kind} model",
@@ -153,26 +159,93 @@ def card(head: Head, architecture: str, parameters: int, dtype: str, lineage: Li
         f"{architecture}, {parameters:,} parameters, stored as {dtype}. {began}",
         "",
         "```python",
-        f'model = transformers.{auto}.from_pretrained("this folder")',
+        f'model = transformers.{_AUTO[head]}.from_pretrained("this folder")',
         'model = tutelage.Model.from_pretrained("this folder")',
         "```",
         "",
     ]
     if head == "scalar":
-        lines += [
-            "The reward of a text is the value after its last token, which for an answer is the token that ends it. Give",
-            "transformers one text at a time, or a padding token that no text ends with.",
-            "",
-            f"`reward_bias` in config.json is {reward_bias:.6g}. tutelage subtracts it from every reward and transformers",
-            "does not: the order of answers is the same, the zero is another.",
-            "",
-        ]
+        lines += [*_OF_REWARDS, "", *_of_the_bias("config.json", reward_bias, "transformers"), ""]
+    return _written(_front("transformers", head, lineage, ()), [*lines, *_history(lineage.stages, 0)])
+
+
+def adapter_card(
+    head: Head, lora: LoraConfig, parameters: int, base_parameters: int, lineage: Lineage, base: Lineage, reward_bias: float
+) -> bytes:
+    """The content of an adapter's README.md.
+
+    parameters: that the adapter (and a scalar head) has. lineage: of base and adapter together, which begins with `base`,
+    that of the model under it.
+    """
+    count = len(base.stages)
+    under = count if lineage.stages[:count] == base.stages else 0
+    if base.base_model is None:
+        origin = "which began with random weights"
+    else:
+        origin = f"which began as `{base.base_model}`" if base.stages else f"which is `{base.base_model}`"
+    if base.stages:
+        origin += f" and had been through {', '.join(f'`{stage.command}`' for stage in base.stages)}"
+    other = lineage.base_model not in (None, base.base_model)
+    kind = "language" if head == "lm" else "reward"
+    lines = [
+        f"# An adapter: a {kind} model on another model",
+        "",
+        f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' / √rank' if lora.use_rslora else ''}, on "
+        f"{', '.join(lora.target_modules) or 'all linear layers'}: {parameters:,} parameters, as float32. It goes on the "
+        f"model of {base_parameters:,} parameters that `base_model_name_or_path` in adapter_config.json names, {origin}."
+        f"{f' The adapter began as `{lineage.base_model}`.' if other else ''}",
+        "",
+        "```python",
+        'model = tutelage.Model.from_pretrained("this folder")  # and the model under it, where adapter_config.json says',
+        f'base = transformers.{_AUTO[head]}.from_pretrained("the model under it"{_ONE_LABEL[head]})',
+        'model = peft.PeftModel.from_pretrained(base, "this folder")',
+        "```",
+        "",
+    ]
+    if head == "scalar":
+        lines += [*_OF_REWARDS, "", *_of_the_bias("the metadata of adapter_model.safetensors", reward_bias, "PEFT"), ""]
+    return _written(_front("peft", head, lineage, ("lora",)), [*lines, *_history(lineage.stages, under)])
+
+
+_AUTO: Mapping[Head, str] = {"lm": "AutoModelForCausalLM", "scalar": "AutoModelForSequenceClassification"}
+_ONE_LABEL: Mapping[Head, str] = {"lm": "", "scalar": ", num_labels=1"}
+_OF_REWARDS = (
+    "The reward of a text is the value after its last token, which for an answer is the token that ends it. Give",
+    "transformers one text at a time, or a padding token that no text ends with.",
+)
+
+
+def _of_the_bias(place: str, reward_bias: float, others: str) -> tuple[str, str]:
+    return (
+        f"`reward_bias` in {place} is {reward_bias:.6g}. tutelage subtracts it from every reward and {others}",
+        "does not: the order of answers is the same, the zero is another.",
+    )
+
+
+def _front(library: str, head: Head, lineage: Lineage, tags: Sequence[str]) -> dict[str, Any]:
+    front: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "text-generation" if head == "lm" else "text-classification",
+        **({} if lineage.base_model is None else {"base_model": lineage.base_model}),
+        **lineage.fields,
+        "tags": ["tutelage", *tags, *dict.fromkeys(stage.command for stage in lineage.stages)],
+    }
     if lineage.stages:
-        lines += ["## How it was made", ""]
-    for number, stage in enumerate(lineage.stages, 1):
-        lines += [f"{number}. `tutelage {stage.command}`", ""]
+        front["tutelage"] = [{"command": stage.command, **stage.figures} for stage in lineage.stages]
+    return front
+
+
+def _history(stages: Sequence[Stage], under: int) -> list[str]:
+    """What was done; the first `under` stages to the model under an adapter."""
+    lines = ["## How it was made", ""] if stages else []
+    for number, stage in enumerate(stages, 1):
+        lines += [f"{number}. `tutelage {stage.command}`{' (the model under it)' if number <= under else ''}", ""]
         lines += [f"   * {name}: {_shown(value)}" for name, value in stage.figures.items()]
         lines += [""]
+    return lines
+
+
+def _written(front: Mapping[str, Any], lines: Sequence[str]) -> bytes:
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=120)
     return f"---\n{text}---\n{_MARK}\n\n".encode() + "\n".join(lines).rstrip().encode() + b"\n"
 

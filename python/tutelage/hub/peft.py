@@ -5,7 +5,9 @@ What PEFT has and tutelage has not (DoRA, ranks and scales of single layers, bia
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,12 +27,17 @@ from tutelage.hub.hugging_face import (
     CONFIG,
     GENERATION_CONFIG,
     REWARD_BIAS,
+    Origin,
+    Stage,
     generation_config,
     replace_files,
 )
+from tutelage.hub.model_card import CARD, Lineage, adapter_card, adapter_lineage, may_replace
 from tutelage.hub.weights import check_tensor, open_weights
 from tutelage.lora import LoraConfig
 from tutelage.safetensors_io import safetensors_chunks
+
+_log = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 _TASKS: Mapping[str, Head] = {"CAUSAL_LM": "lm", "SEQ_CLS": "scalar"}
@@ -105,6 +112,8 @@ def read_config(folder: str | Path) -> AdapterFolder:
     for name, value in values.items():
         if name not in (*_READ, *_IRRELEVANT) and value not in (None, False, {}, []):
             raise wrong(name, "is not supported")
+    if values.get("lora_dropout") not in (None, 0):
+        _log.warning("%s: lora_dropout not used, tutelage has no dropout", path)
     if values.get("bias", "none") != "none":
         raise wrong("bias", 'is not supported (only "none")')
     if values.get("init_lora_weights") not in _PLAIN_STARTS:
@@ -158,6 +167,12 @@ def _bias(path: Path, metadata: Mapping[str, str]) -> float:
     return value
 
 
+def read_origin(folder: str | Path, base: Origin | None) -> Origin:
+    """That of the model under an adapter, with what the adapter's card says of both."""
+    known = base or Origin({}, {}, {}, Lineage())
+    return dataclasses.replace(known, lineage=adapter_lineage(Path(folder), known.lineage))
+
+
 def read_tensors(folder: str | Path, expected: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an adapter, each once, as float32 on the CPU; a head that is not expected is passed over.
 
@@ -189,18 +204,26 @@ def write_adapter(
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     base_folder: str | None,
+    base_parameters: int,
     fan_in_fan_out: bool,
+    origin: Origin | None = None,
+    base_origin: Origin | None = None,
+    stage: Stage | None = None,
     eos_token_ids: Sequence[int] = (),
     bos_token_id: int | None = None,
     reward_bias: float = 0.0,
     disk: Disk = DISK,
 ) -> None:
-    """Writes an adapter so that PEFT, `read_config` and `read_tensors` load it; as whole as `hugging_face.write_folder`.
+    """Writes an adapter so that PEFT, `read_config` and `read_tensors` load it; as whole as `hugging_face.write_folder`, a
+    model card too.
 
     Args:
         tensors: (name, tensor), under the names that the model's parameters have.
-        base_folder: where the model under it is. fan_in_fan_out: whether its matrices are [in, out] (GPT-2's Conv1D).
+        base_folder: where the model under it is, and base_parameters how many it has. fan_in_fan_out: whether its matrices are
+            [in, out] (GPT-2's Conv1D).
+        origin: of the adapter, and base_origin of the model under it. stage: what was done to the adapter since.
     """
+    weights = dict(tensors)
     alpha: int | float = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     document: dict[str, Any] = {
         "peft_type": "LORA",
@@ -219,10 +242,15 @@ def write_adapter(
     }
     metadata = {REWARD_BIAS: repr(reward_bias)} if reward_bias else None
     parts: dict[str, Iterable[Buffer]] = {
-        ADAPTER_WEIGHTS: safetensors_chunks({_PREFIX + name: tensor for name, tensor in tensors}, metadata)
+        ADAPTER_WEIGHTS: safetensors_chunks({_PREFIX + name: tensor for name, tensor in weights.items()}, metadata)
     }
     if eos_token_ids and head == "lm":
         parts[GENERATION_CONFIG] = [generation_config(eos_token_ids, bos_token_id)]
+    if may_replace(Path(folder) / CARD):
+        base = Lineage() if base_origin is None else base_origin.lineage
+        lineage = (base if origin is None else origin.lineage).then(stage)
+        parameters = sum(tensor.numel() for tensor in weights.values())
+        parts[CARD] = [adapter_card(head, lora, parameters, base_parameters, lineage, base, reward_bias)]
     parts[ADAPTER_CONFIG] = [json.dumps(document, indent=2).encode() + b"\n"]
     files.make_folder(Path(folder), disk)
     replace_files(Path(folder), parts, disk)
