@@ -7,6 +7,7 @@ DType dtype_of(const dlpack::DataType& type) {
   if (type.lanes != 1) return DType::other;
   if (type.code == dlpack::kFloat && type.bits == 32) return DType::float32;
   if (type.code == dlpack::kFloat && type.bits == 64) return DType::float64;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return DType::bfloat16;
   if (type.code == dlpack::kInt && type.bits == 32) return DType::int32;
   if (type.code == dlpack::kBool && type.bits == 8) return DType::boolean;
   return DType::other;

@@ -41,7 +41,7 @@ struct ManagedTensor {
   void (*deleter)(ManagedTensor*);
 };
 constexpr std::int32_t kCpu = 1;
-constexpr std::uint8_t kInt = 0, kFloat = 2, kBool = 6;
+constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 }  // namespace dlpack
 

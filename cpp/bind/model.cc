@@ -159,7 +159,8 @@ class BoundTransformer {
   }
 
   std::shared_ptr<const PackedWeights> pack(py::handle params, bool half, int threads) const {
-    const TensorArgument p = flat(params, "params");
+    const TensorArgument p(params, "params");
+    require_weights(p.view, size());
     py::gil_scoped_release unlocked;
     return model_.pack(p.data<void>(), half, threads, poll_signals);
   }
@@ -199,7 +200,7 @@ class BoundTransformer {
     const auto& all = model_.trainable();
     for (std::size_t first = 0, last = 0; first < all.size(); first = last) {  // neighbours of one kind go together
       while (last < all.size() && all[last].decay == all[first].decay) ++last;
-      const std::int64_t offset = all[first].offset * table_.activation_size;
+      const std::int64_t offset = all[first].offset * table_.state_size;
       a.n = all[last - 1].offset + all[last - 1].size - all[first].offset;
       a.weight_decay = all[first].decay ? weight_decay : 0.0;
       a.p = p.data<char>() + offset, a.g = g.data<char>() + offset;
@@ -216,11 +217,11 @@ class BoundTransformer {
       const py::object own = given[1];
       if (own.is_none() == model.model_.adapted()) throw ArgumentError("weights: a model with adapters, and no other, has two");
       params.emplace(given[0], "params");
-      model.require(params->view, model.model_.layout().size);
+      model.require_weights(params->view, model.model_.layout().size);
       weights.params = params->data<void>();
       if (own.is_none()) return;
       adapter.emplace(own, "adapter");
-      model.require(adapter->view, model.size());
+      model.require_weights(adapter->view, model.size());
       weights.adapter = adapter->data<void>();
     }
   };
@@ -235,23 +236,27 @@ class BoundTransformer {
     }
   };
 
-  DType real() const { return table_.activation_size == 8 ? DType::float64 : DType::float32; }
-  void require(const TensorView& view, std::int64_t n) const {
-    view.require_cpu().require_dtype(real()).require_shape({n}).require_contiguous();
+  // Of the weights that the kernels compute with, and of all that is accumulated or handed out.
+  DType weight_type() const {
+    return table_.activation_size == 2 ? DType::bfloat16 : table_.activation_size == 8 ? DType::float64 : DType::float32;
+  }
+  DType state_type() const { return table_.state_size == 8 ? DType::float64 : DType::float32; }
+  void require_weights(const TensorView& view, std::int64_t n) const {
+    view.require_cpu().require_dtype(weight_type()).require_shape({n}).require_contiguous();
   }
   TensorArgument flat(py::handle x, const char* name) const {
     TensorArgument t(x, name);
-    require(t.view, size());
+    t.view.require_cpu().require_dtype(state_type()).require_shape({size()}).require_contiguous();
     return t;
   }
   TensorArgument per_token(py::handle x, const char* name, const Tokens& batch) const {
     TensorArgument t(x, name);
-    t.view.require_cpu().require_dtype(real()).require_shape({batch.batch.tokens}).require_contiguous();
+    t.view.require_cpu().require_dtype(state_type()).require_shape({batch.batch.tokens}).require_contiguous();
     return t;
   }
   TensorArgument gradient(py::handle x, const char* name, const Graph& graph) const {
     TensorArgument t(x, name);
-    t.view.require_cpu().require_dtype(real()).require_shape({graph.tokens()}).require_contiguous();
+    t.view.require_cpu().require_dtype(state_type()).require_shape({graph.tokens()}).require_contiguous();
     return t;
   }
   static Options make_options(double temperature, bool keep, bool recompute, std::int64_t logits_budget, int threads) {

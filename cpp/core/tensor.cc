@@ -10,6 +10,8 @@ const char* dtype_name(DType dtype) {
       return "float32";
     case DType::float64:
       return "float64";
+    case DType::bfloat16:
+      return "bfloat16";
     case DType::int32:
       return "int32";
     case DType::boolean:
@@ -26,6 +28,8 @@ std::int64_t dtype_size(DType dtype) {
       return 4;
     case DType::float64:
       return 8;
+    case DType::bfloat16:
+      return 2;
     case DType::int32:
       return 4;
     case DType::boolean:

@@ -10,7 +10,7 @@
 
 namespace tutelage {
 
-enum class DType : std::uint8_t { float32, float64, int32, boolean, other };
+enum class DType : std::uint8_t { float32, float64, bfloat16, int32, boolean, other };
 
 const char* dtype_name(DType dtype);
 std::int64_t dtype_size(DType dtype);

@@ -25,6 +25,10 @@ const void* at(const void* base, std::int64_t index, const KernelTable& table) {
   return static_cast<const char*>(base) + index * table.activation_size;
 }
 
+void* gradient_at(void* grads, std::int64_t index, const KernelTable& table) {
+  return static_cast<char*>(grads) + index * table.state_size;
+}
+
 // The parameters that one matrix of the engine is made of.
 template <class See>
 void each_part(const Layout& layout, std::int64_t weight, std::int64_t size, See see) {
@@ -171,7 +175,7 @@ void Adapters::gradients(const KernelTable& table, const Group& group, void* gra
   da.m = group.width, da.n = group.in, da.k = rows, da.accumulate = !overwrite;
   da.a = d_t, da.a_row = 1, da.a_col = group.width;
   da.b = x, da.b_row = group.in, da.b_col = 1;
-  da.c = at(grads, group.a, table), da.c_row = group.in;
+  da.c = gradient_at(grads, group.a, table), da.c_row = group.in, da.c_state = true;
   table.matmul(da, threads);
   for (std::size_t i = 0; i < group.modules.size(); ++i) {
     const Group::Module& module = group.modules[i];
@@ -179,7 +183,7 @@ void Adapters::gradients(const KernelTable& table, const Group& group, void* gra
     db.m = module.out, db.n = rank_, db.k = rows, db.accumulate = !fresh(module.b);
     db.a = at(dy, module.column, table), db.a_row = 1, db.a_col = group.out;
     db.b = at(t, static_cast<std::int64_t>(i) * rank_, table), db.b_row = group.width, db.b_col = 1;
-    db.c = at(grads, module.b, table), db.c_row = rank_;
+    db.c = gradient_at(grads, module.b, table), db.c_row = rank_, db.c_state = true;
     table.matmul(db, threads);
   }
 }

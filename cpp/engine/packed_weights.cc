@@ -5,7 +5,9 @@ namespace tutelage {
 PackedWeights::PackedWeights(const KernelTable& table, const std::vector<Matrix>& matrices, const void* params, bool half,
                              int threads, void (*poll)())
     : half_(half) {
-  Plan plan{half ? 2 : table.activation_size};
+  if (table.pack_weight == nullptr) return;  // its products read the plain weights
+  Plan plan(table);
+  if (half) plan.element = 2;
   for (const Matrix& m : matrices) {
     places_[m.offset] = plan.used;
     plan.take(packed_weight_elements(m.n, m.k, m.gate_up));

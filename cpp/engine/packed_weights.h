@@ -20,7 +20,10 @@ class PackedWeights {
   PackedWeights(const KernelTable& table, const std::vector<Matrix>& matrices, const void* params, bool half, int threads,
                 void (*poll)());
 
-  const void* at(std::int64_t offset) const { return static_cast<const char*>(memory_.data()) + places_.at(offset); }
+  // Null where the table packs nothing.
+  const void* at(std::int64_t offset) const {
+    return places_.empty() ? nullptr : static_cast<const char*>(memory_.data()) + places_.at(offset);
+  }
   bool half() const { return half_; }
   std::size_t bytes() const { return memory_.bytes(); }
 

@@ -74,16 +74,17 @@ void Transformer::lay_out(Graph& g, Plan& plan) const {
     // Nothing kept: two residual streams, taken in turn. Recompute: every block's input, the rest shared.
     a.x = keep || i < 2 ? plan.take(n * d) : g.blocks_[i - 2].x;
     if (first || (keep && !g.options_.recompute)) {
-      shared.mean1 = layernorm ? plan.take(n) : nullptr;
-      shared.rstd1 = plan.take(n);
+      shared.mean1 = layernorm ? plan.take_state(n) : nullptr;
+      shared.rstd1 = plan.take_state(n);
       shared.qkv = plan.take(n * config_.qkv_width());
       shared.qk = config_.qk_norm ? plan.take(n * (config_.query_width() + config_.key_width())) : nullptr;
-      shared.qk_rstd = config_.qk_norm ? plan.take(n * (config_.num_attention_heads + config_.num_key_value_heads)) : nullptr;
+      shared.qk_rstd =
+          config_.qk_norm ? plan.take_state(n * (config_.num_attention_heads + config_.num_key_value_heads)) : nullptr;
       shared.o = plan.take(n * config_.query_width());
-      shared.lse = plan.take(n * config_.num_attention_heads);
+      shared.lse = plan.take_state(n * config_.num_attention_heads);
       shared.x1 = plan.take(n * d);
-      shared.mean2 = layernorm ? plan.take(n) : nullptr;
-      shared.rstd2 = plan.take(n);
+      shared.mean2 = layernorm ? plan.take_state(n) : nullptr;
+      shared.rstd2 = plan.take_state(n);
       shared.pre = plan.take(n * config_.pre_width());
     }
     void* x = a.x;
@@ -92,14 +93,14 @@ void Transformer::lay_out(Graph& g, Plan& plan) const {
   }
   g.x_out_ = keep || blocks == 1 ? plan.take(n * d) : g.blocks_[blocks - 2].x;
   const std::int64_t rows = config_.head == Head::lm ? g.rows_ : n;
-  g.mean_ = layernorm ? plan.take(rows) : nullptr;
-  g.rstd_ = plan.take(rows);
+  g.mean_ = layernorm ? plan.take_state(rows) : nullptr;
+  g.rstd_ = plan.take_state(rows);
   g.hidden_ = plan.take(rows * d);
   if (config_.head == Head::lm) {
-    g.lse_ = plan.take(rows);
-    g.entropy_ = plan.take(n);
-    const bool fits = rows <= g.options_.logits_budget / plan.element / config_.vocab_size;
-    g.z_ = keep && fits ? plan.take(rows * config_.vocab_size) : nullptr;
+    g.lse_ = plan.take_state(rows);
+    g.entropy_ = plan.take_state(n);
+    const bool fits = rows <= g.options_.logits_budget / plan.state_element / config_.vocab_size;
+    g.z_ = keep && fits ? plan.take_state(rows * config_.vocab_size) : nullptr;
   }
   g.scratch_norm_ = plan.take(n * wide(d));
   g.scratch_mlp_ = plan.take(n * wide(config_.intermediate_size));
@@ -109,7 +110,7 @@ std::int64_t Transformer::activation_bytes(std::int64_t tokens, std::int64_t seq
   Graph g;
   g.tokens_ = tokens, g.sequences_ = sequences, g.rows_ = tokens - sequences;
   g.options_ = options;
-  Plan plan{table_.activation_size};
+  Plan plan(table_);
   lay_out(g, plan);
   return static_cast<std::int64_t>(plan.used);
 }
@@ -194,7 +195,7 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
     n.groups = c.num_attention_heads, n.x = a.qkv, n.weight = at(params, w.q_norm, e), n.y = a.qk, n.rstd = a.qk_rstd;
     table_.rms_norm(n, threads);
     n.groups = c.num_key_value_heads, n.x = at(a.qkv, q, e), n.weight = at(params, w.k_norm, e), n.y = at(a.qk, q, e);
-    n.rstd = at(a.qk_rstd, g.tokens_ * c.num_attention_heads, e);
+    n.rstd = at(a.qk_rstd, g.tokens_ * c.num_attention_heads, table_.state_size);
     table_.rms_norm(n, threads);
   }
   if (c.rotates(index))
@@ -219,6 +220,24 @@ void Transformer::forward_block(const Graph& g, std::size_t index, const void* p
   linear(g, params, w.down, w.down_bias, c.intermediate_size, d, g.scratch_mlp_, c.intermediate_size, into_next, threads);
 }
 
+// The lists that the cache's attention reads, where kernels find them.
+void Transformer::place_cache_rows(Graph& g) const {
+  const GenerationRows& rows = *g.rows_due_;
+  g.sources_.host = rows.sources, g.cache_cu_rows_.host = rows.cu_rows, g.cache_first_.host = rows.first_position;
+  for (Placed<std::int32_t>* indices : {&g.sources_, &g.cache_cu_rows_, &g.cache_first_}) indices->place(table_);
+  g.cache_lists_.host = rows.blocks;
+  if (table_.upload == nullptr) return;
+  std::vector<std::size_t> begins;
+  for (std::size_t i = 0; i < rows.blocks.size(); ++i) {
+    const std::int64_t positions = rows.first_position[i] + rows.cu_rows[i + 1] - rows.cu_rows[i];
+    begins.push_back(g.cache_blocks_.host.size());
+    g.cache_blocks_.host.insert(g.cache_blocks_.host.end(), rows.blocks[i], rows.blocks[i] + KvCache::blocks_for(positions));
+  }
+  g.cache_blocks_.place(table_);
+  for (std::size_t i = 0; i < begins.size(); ++i) g.cache_lists_.host[i] = g.cache_blocks_.data() + begins[i];
+  g.cache_lists_.place(table_);
+}
+
 // Over the batch itself, or over the cache.
 void Transformer::attend(const Graph& g, std::size_t index, const void* queries, std::int64_t qk_row, const BlockActivations& a,
                          int threads) const {
@@ -229,11 +248,10 @@ void Transformer::attend(const Graph& g, std::size_t index, const void* queries,
     table_.flash_attention({shape, queries, keys, values, qk_row, qk_row, config_.qkv_width(), a.o, q, a.lse}, threads);
     return;
   }
-  const GenerationRows& rows = *g.rows_due_;
   CachedAttention c;
   c.heads = shape.heads, c.kv_heads = shape.kv_heads, c.head_dim = shape.head_dim, c.window = shape.window;
-  c.scale = shape.scale, c.segments = static_cast<std::int64_t>(rows.blocks.size());
-  c.cu_rows = rows.cu_rows.data(), c.first_position = rows.first_position.data(), c.blocks = rows.blocks.data();
+  c.scale = shape.scale, c.segments = g.sequences_;
+  c.cu_rows = g.cache_cu_rows_.data(), c.first_position = g.cache_first_.data(), c.blocks = g.cache_lists_.data();
   c.offset = static_cast<std::int64_t>(index) * cached_attention_elements(c.kv_heads, c.head_dim);
   c.q = queries, c.k = keys, c.v = values, c.q_row = c.k_row = qk_row, c.v_row = config_.qkv_width();
   c.o = a.o, c.o_row = q;
@@ -244,7 +262,7 @@ std::shared_ptr<const RotaryCache> Transformer::rotary(std::int64_t longest, int
   std::lock_guard lock(rotary_mutex_);
   if (rotary_ == nullptr || rotary_->positions < longest) {
     const std::int64_t half = config_.head_dim / 2, positions = std::min(2 * longest, config_.max_position_embeddings);
-    const std::size_t bytes = static_cast<std::size_t>(positions * half * table_.activation_size);
+    const std::size_t bytes = static_cast<std::size_t>(positions * half * table_.state_size);
     const RopeTables tables = rope_tables(config_, positions, threads);
     auto grown = std::make_shared<RotaryCache>();
     grown->positions = positions, grown->cos = Buffer(table_, bytes), grown->sin = Buffer(table_, bytes);
@@ -261,22 +279,23 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& w
   Graph& g = *graph;
   g.tokens_ = batch.tokens, g.sequences_ = batch.sequences, g.options_ = options;
   g.adapter_ = weights.adapter;
-  g.ids_.assign(batch.ids, batch.ids + batch.tokens);
-  g.cu_seqlens_.assign(batch.cu_seqlens, batch.cu_seqlens + batch.sequences + 1);
-  g.positions_.reserve(g.ids_.size());
+  g.ids_.host.assign(batch.ids, batch.ids + batch.tokens);
+  g.cu_seqlens_.host.assign(batch.cu_seqlens, batch.cu_seqlens + batch.sequences + 1);
+  g.positions_.host.reserve(g.ids_.host.size());
   std::int64_t longest = 0;
   for (std::int64_t s = 0; s < batch.sequences; ++s) {
     const std::int32_t first = batch.cu_seqlens[s], last = batch.cu_seqlens[s + 1];
     longest = std::max<std::int64_t>(longest, last - first);
     for (std::int32_t i = first; i < last; ++i) {
-      g.positions_.push_back(i - first);
+      g.positions_.host.push_back(i - first);
       if (i == first || (batch.mask != nullptr && !batch.mask[i])) continue;  // nothing before it predicts it, or not wanted
-      g.sources_.push_back(i - 1);
-      g.outputs_.push_back(i);
-      g.targets_.push_back(batch.ids[i]);
+      g.sources_.host.push_back(i - 1);
+      g.outputs_.host.push_back(i);
+      g.targets_.host.push_back(batch.ids[i]);
     }
   }
-  g.rows_ = static_cast<std::int64_t>(g.sources_.size());
+  g.rows_ = static_cast<std::int64_t>(g.sources_.host.size());
+  for (Placed<std::int32_t>* indices : {&g.cu_seqlens_, &g.sources_, &g.outputs_, &g.targets_}) indices->place(table_);
   if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
   run_blocks(g, weights.params, options);
   return graph;
@@ -284,10 +303,12 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& w
 
 // Memory for the graph, the look-up and every block.
 void Transformer::run_blocks(Graph& g, const void* params, const Options& options) {
-  Plan counting{table_.activation_size};
+  g.ids_.place(table_);
+  g.positions_.place(table_);
+  Plan counting(table_);
   lay_out(g, counting);
   g.memory_ = Buffer(table_, counting.used);
-  Plan plan{table_.activation_size, static_cast<char*>(g.memory_.data())};
+  Plan plan(table_, g.memory_.data());
   lay_out(g, plan);
 
   Embedding look_up;
@@ -310,21 +331,21 @@ std::unique_ptr<Graph> Transformer::score(const Batch& batch, const Weights& wei
   std::unique_ptr<Graph> graph = forward(batch, weights, options);
   const void* params = weights.params;
   Graph& g = *graph;
-  const std::int64_t e = table_.activation_size;
-  table_.zero(logprobs, static_cast<std::size_t>(g.tokens_ * e));
-  table_.zero(entropy, static_cast<std::size_t>(g.tokens_ * e));
+  const std::size_t bytes = static_cast<std::size_t>(g.tokens_ * table_.state_size);
+  table_.zero(logprobs, bytes);
+  table_.zero(entropy, bytes);
   if (g.rows_ > 0) {
     norm(params, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.hidden_, g.mean_, g.rstd_,
          options.threads);
     LinearLogprob head;
     head.rows = g.rows_, head.hidden = config_.hidden_size, head.vocab = config_.vocab_size;
-    head.x = g.hidden_, head.weight = at(params, layout_.head, e);
+    head.x = g.hidden_, head.weight = at(params, layout_.head, table_.activation_size);
     head.targets = g.targets_.data(), head.index = g.outputs_.data(), head.temperature = options.temperature;
     head.z = g.z_, head.logprob = logprobs, head.entropy = entropy, head.lse = g.lse_;
     table_.linear_logprob(head, options.threads);
   }
   if (!options.keep) return nullptr;
-  table_.copy(g.entropy_, entropy, static_cast<std::size_t>(g.tokens_ * e));
+  table_.copy(g.entropy_, entropy, bytes);
   return graph;
 }
 
@@ -337,7 +358,7 @@ std::unique_ptr<Graph> Transformer::values(const Batch& batch, const Weights& we
   product.m = g.tokens_, product.n = 1, product.k = config_.hidden_size;
   product.a = g.hidden_, product.a_row = config_.hidden_size;
   product.b = head(g, params), product.b_row = 1, product.b_col = config_.hidden_size;
-  product.c = values, product.c_row = 1;
+  product.c = values, product.c_row = 1, product.c_state = true;
   table_.matmul(product, options.threads);
   return options.keep ? std::move(graph) : nullptr;
 }
@@ -373,7 +394,8 @@ void Transformer::generate_step(const GenerationRows& rows, const Weights& weigh
   g.tokens_ = static_cast<std::int64_t>(rows.ids.size());
   g.sequences_ = static_cast<std::int64_t>(rows.blocks.size());
   g.rows_ = static_cast<std::int64_t>(rows.sources.size());
-  g.ids_ = rows.ids, g.positions_ = rows.positions, g.rows_due_ = &rows;
+  g.ids_.host = rows.ids, g.positions_.host = rows.positions, g.rows_due_ = &rows;
+  place_cache_rows(g);
   g.packed_ = packed.params.get(), g.packed_adapter_ = packed.adapter.get();
   Options options;
   options.threads = threads, options.keep = false, options.poll = poll;
@@ -385,27 +407,31 @@ void Transformer::generate_step(const GenerationRows& rows, const Weights& weigh
   draws.logprobs.assign(rows.sources.size(), 0.0);
   draws.support_logprobs.assign(rows.sources.size(), 0.0);
   if (g.rows_ == 0) return;
-  norm(params, layout_.norm, layout_.norm_bias, g.x_out_, rows.sources.data(), g.rows_, g.hidden_, g.mean_, g.rstd_, threads);
-  Plan counting{table_.activation_size};
+  norm(params, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.hidden_, g.mean_, g.rstd_, threads);
+  Plan counting(table_);
   auto lay_out_draws = [&](Plan& plan) {
     Sample s;
-    s.z = plan.take(g.rows_ * config_.vocab_size);
-    s.logprob = plan.take(g.rows_), s.support_logprob = plan.take(g.rows_);
+    s.z = plan.take_state(g.rows_ * config_.vocab_size);
+    s.logprob = plan.take_state(g.rows_), s.support_logprob = plan.take_state(g.rows_);
+    s.tokens = static_cast<std::int32_t*>(plan.take_bytes(static_cast<std::size_t>(g.rows_) * sizeof(std::int32_t)));
     return s;
   };
   lay_out_draws(counting);
   Buffer memory(table_, counting.used);
-  Plan plan{table_.activation_size, static_cast<char*>(memory.data())};
+  Plan plan(table_, memory.data());
   Sample s = lay_out_draws(plan);
   s.rows = g.rows_, s.hidden = config_.hidden_size, s.vocab = config_.vocab_size, s.x = g.hidden_;
   s.weight = at(params, layout_.head, table_.activation_size);
   s.packed = packed.params->at(layout_.head), s.packed_half = packed.params->half();
-  s.settings = rows.settings.data(), s.tokens = draws.tokens.data();
+  Placed<SampleSettings> settings;
+  settings.host = rows.settings;
+  settings.place(table_);
+  s.settings = settings.data();
+  if (table_.download == nullptr) s.tokens = draws.tokens.data();
   table_.sample(s, threads);
-  for (std::size_t i = 0; i < draws.tokens.size(); ++i) {
-    draws.logprobs[i] = table_.to_double(s.logprob, static_cast<std::int64_t>(i));
-    draws.support_logprobs[i] = table_.to_double(s.support_logprob, static_cast<std::int64_t>(i));
-  }
+  if (table_.download != nullptr) table_.download(draws.tokens.data(), s.tokens, draws.tokens.size() * sizeof(std::int32_t));
+  table_.to_double(draws.logprobs.data(), s.logprob, g.rows_);
+  table_.to_double(draws.support_logprobs.data(), s.support_logprob, g.rows_);
 }
 
 // ---- gradients that are owed
@@ -432,8 +458,7 @@ bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
   if (!owed_zero_[index]) return false;
   owed_zero_[index] = false;
   if (!overwritten)
-    table_.zero(at(grads, found->offset, table_.activation_size),
-                static_cast<std::size_t>(found->size * table_.activation_size));
+    table_.zero(at(grads, found->offset, table_.state_size), static_cast<std::size_t>(found->size * table_.state_size));
   return true;
 }
 
@@ -441,16 +466,18 @@ bool Transformer::settle(void* grads, std::int64_t offset, bool overwritten) {
 void* Transformer::own_gradient(void* grads, std::int64_t offset) {
   if (adapters_) return nullptr;
   settle(grads, offset, false);
-  return at(grads, offset, table_.activation_size);
+  return at(grads, offset, table_.state_size);
 }
 
 void Transformer::finish_gradients(void* grads, int threads) {
   require_whole_gradients();
   for (const Parameter& parameter : trainable()) settle(grads, parameter.offset, false);
   if (slot_ids_.empty()) return;
-  const std::int64_t e = table_.activation_size;
-  table_.embedding_backward({static_cast<std::int64_t>(slot_ids_.size()), config_.hidden_size, slot_ids_.data(), lookup_.data(),
-                             at(grads, layout_.head, e)},
+  Placed<std::int32_t> ids;
+  ids.host = slot_ids_;
+  ids.place(table_);
+  table_.embedding_backward({static_cast<std::int64_t>(slot_ids_.size()), config_.hidden_size, ids.data(), lookup_.data(),
+                             at(grads, layout_.head, table_.state_size), true},
                             threads);
   for (std::int32_t id : slot_ids_) slot_of_[static_cast<std::size_t>(id)] = -1;
   slot_ids_.clear();
@@ -493,7 +520,7 @@ void Transformer::norm_backward(const void* params, void* grads, std::int64_t we
 // settled together, because one product writes them all. Of a frozen matrix: the gradients of its adapter.
 void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weight, std::int64_t bias, std::int64_t in,
                                   std::int64_t out, const void* x, const void* dy, const void* d_t, int threads) {
-  const std::int64_t e = table_.activation_size;
+  const std::int64_t e = table_.state_size;
   if (adapters_) {
     const Adapters::Group* adapter = adapters_->of(weight);
     if (adapter == nullptr) return;
@@ -509,7 +536,7 @@ void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weig
     if (parameters[i].offset >= weight && parameters[i].offset < weight + in * out)
       fresh = settle(grads, parameters[i].offset, true);
   Matmul dw;
-  dw.k = g.tokens_, dw.accumulate = !fresh, dw.c = at(grads, weight, e);
+  dw.k = g.tokens_, dw.accumulate = !fresh, dw.c = at(grads, weight, e), dw.c_state = true;
   dw.m = layout_.transposed ? in : out, dw.n = layout_.transposed ? out : in;
   dw.a = layout_.transposed ? x : dy, dw.a_row = 1, dw.a_col = dw.m;
   dw.b = layout_.transposed ? dy : x, dw.b_row = dw.n, dw.b_col = 1;
@@ -599,7 +626,7 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
     b.dy = s.d_qk, b.dx = s.d_qkv, b.dweight = own_gradient(grads, w.q_norm);
     table_.rms_norm_backward(b, threads);
     b.groups = c.num_key_value_heads, b.x = at(static_cast<const void*>(a.qkv), q, e), b.weight = at(params, w.k_norm, e);
-    b.rstd = at(static_cast<const void*>(a.qk_rstd), n * c.num_attention_heads, e);
+    b.rstd = at(static_cast<const void*>(a.qk_rstd), n * c.num_attention_heads, table_.state_size);
     b.dy = at(static_cast<const void*>(s.d_qk), q, e), b.dx = at(s.d_qkv, q, e);
     b.dweight = own_gradient(grads, w.k_norm);
     table_.rms_norm_backward(b, threads);
@@ -617,7 +644,7 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
     backward_block(g, i, params, grads, g.blocks_[i], s, threads);
   }
   if (adapters_) return;  // the embedding does not learn
-  const std::int64_t e = table_.activation_size, d = config_.hidden_size;
+  const std::int64_t e = table_.state_size, d = config_.hidden_size;
   if (config_.learned_positions) {
     settle(grads, layout_.positions, false);
     table_.embedding_backward({g.tokens_, d, g.positions_.data(), s.dx, at(grads, layout_.positions, e)}, threads);
@@ -628,15 +655,16 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
     return;
   }
   // The tied look-up: rows of its own, one for each token id that has occurred, grown by doubling.
-  std::vector<std::int32_t> slots(g.ids_.size());
+  Placed<std::int32_t> slots;
+  slots.host.resize(g.ids_.host.size());
   const std::size_t before = slot_ids_.size(), row = static_cast<std::size_t>(d * e);
-  for (std::size_t i = 0; i < slots.size(); ++i) {
-    std::int32_t& slot = slot_of_[static_cast<std::size_t>(g.ids_[i])];
+  for (std::size_t i = 0; i < slots.host.size(); ++i) {
+    std::int32_t& slot = slot_of_[static_cast<std::size_t>(g.ids_.host[i])];
     if (slot < 0) {
       slot = static_cast<std::int32_t>(slot_ids_.size());
-      slot_ids_.push_back(g.ids_[i]);
+      slot_ids_.push_back(g.ids_.host[i]);
     }
-    slots[i] = slot;
+    slots.host[i] = slot;
   }
   const std::size_t rows = slot_ids_.size();
   if (lookup_.bytes() < rows * row) {
@@ -646,6 +674,7 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
     lookup_ = std::move(grown);
   }
   if (rows > before) table_.zero(at(lookup_.data(), static_cast<std::int64_t>(before) * d, e), (rows - before) * row);
+  slots.place(table_);
   table_.embedding_backward({g.tokens_, d, slots.data(), s.dx, lookup_.data()}, threads);
 }
 
@@ -662,10 +691,10 @@ void Transformer::backward_score(Graph& g, const Weights& weights, void* grads, 
   }
   const std::int64_t e = table_.activation_size, n = g.tokens_, d = config_.hidden_size;
   const Config& c = config_;
-  Plan counting{e};
+  Plan counting(table_);
   lay_out_stack(g, counting);
   Buffer memory(table_, counting.used);
-  Plan plan{e, static_cast<char*>(memory.data())};
+  Plan plan(table_, memory.data());
   const Stack s = lay_out_stack(g, plan);
 
   g.used_ = partial_ = true;  // from here on the kept logits are overwritten and grads written
@@ -677,9 +706,10 @@ void Transformer::backward_score(Graph& g, const Weights& weights, void* grads, 
   // Logits computed again: as many rows at a time as fit the budget, and 96 MiB (a tenth of 2048 x 50257 in float32 and
   // change).
   constexpr std::int64_t most = std::int64_t{96} << 20;
-  head.z = g.z_, head.block_rows = std::max<std::int64_t>(1, std::min(g.options_.logits_budget, most) / e / c.vocab_size);
+  head.z = g.z_,
+  head.block_rows = std::max<std::int64_t>(1, std::min(g.options_.logits_budget, most) / table_.state_size / c.vocab_size);
   head.entropy = g.entropy_, head.lse = g.lse_, head.d_logprob = d_logprobs, head.d_entropy = d_entropy;
-  head.dx = s.d_norm, head.dweight = adapters_ ? nullptr : at(grads, layout_.head, e), head.accumulate = !fresh;
+  head.dx = s.d_norm, head.dweight = adapters_ ? nullptr : at(grads, layout_.head, table_.state_size), head.accumulate = !fresh;
   table_.linear_logprob_backward(head, threads);
   table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // a sequence's last token predicts nothing, others nothing wanted
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,
@@ -695,21 +725,21 @@ void Transformer::backward_values(Graph& g, const Weights& weights, void* grads,
   require_whole_gradients();
   const void* params = weights.params;
   g.adapter_ = weights.adapter;
-  const std::int64_t e = table_.activation_size, n = g.tokens_, d = config_.hidden_size;
-  Plan counting{e};
+  const std::int64_t n = g.tokens_, d = config_.hidden_size;
+  Plan counting(table_);
   lay_out_stack(g, counting);
   Buffer memory(table_, counting.used);
-  Plan plan{e, static_cast<char*>(memory.data())};
+  Plan plan(table_, memory.data());
   const Stack s = lay_out_stack(g, plan);
   g.used_ = partial_ = true;
   Matmul dw;  // dweight [1, d] += dvalues^T hidden
   const std::int64_t head_at = adapters_ ? adapters_->head() : layout_.head;
   dw.accumulate = !settle(grads, head_at, true);
   dw.m = 1, dw.n = d, dw.k = n, dw.a = d_values, dw.a_row = 1, dw.a_col = 1, dw.b = g.hidden_, dw.b_row = d, dw.b_col = 1;
-  dw.c = at(grads, head_at, e), dw.c_row = d;
+  dw.c = at(grads, head_at, table_.state_size), dw.c_row = d, dw.a_state = dw.c_state = true;
   table_.matmul(dw, threads);
   Matmul back;  // dhidden [n, d] = dvalues weight
-  back.m = n, back.n = d, back.k = 1, back.a = d_values, back.a_row = 1, back.a_col = 1;
+  back.m = n, back.n = d, back.k = 1, back.a = d_values, back.a_row = 1, back.a_col = 1, back.a_state = true;
   back.b = head(g, params), back.b_row = d, back.b_col = 1, back.c = s.d_norm, back.c_row = d;
   table_.matmul(back, threads);
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, n, g.mean_, g.rstd_, s.d_norm, s.dx, false,

@@ -100,7 +100,10 @@ class Graph {
  private:
   friend class Transformer;
   std::int64_t tokens_ = 0, sequences_ = 0, rows_ = 0;
-  std::vector<std::int32_t> ids_, cu_seqlens_, positions_, sources_, outputs_, targets_;
+  Placed<std::int32_t> ids_, cu_seqlens_, positions_, sources_, outputs_, targets_;
+  Placed<std::int32_t> cache_cu_rows_, cache_first_;  // generation only, as what follows
+  Placed<void*> cache_blocks_;
+  Placed<void* const*> cache_lists_;
   Options options_;
   Buffer memory_;
   std::shared_ptr<const RotaryCache> rotary_;
@@ -160,6 +163,7 @@ class Transformer {
   void lay_out(Graph& graph, Plan& plan) const;
   std::unique_ptr<Graph> forward(const Batch& batch, const Weights& weights, const Options& options);
   void run_blocks(Graph& graph, const void* params, const Options& options);
+  void place_cache_rows(Graph& g) const;
   void attend(const Graph& g, std::size_t index, const void* queries, std::int64_t qk_row, const BlockActivations& a,
               int threads) const;
   void forward_block(const Graph& g, std::size_t index, const void* params, const BlockActivations& a, void* x_next,

@@ -26,6 +26,7 @@ struct EmbeddingBackward {
   const std::int32_t* ids = nullptr;
   const void* dy = nullptr;
   void* dtable = nullptr;  // accumulated
+  bool dy_state = false;   // elements of dy are of state_size: a table's gradient that is added to another's
 };
 
 }  // namespace tutelage

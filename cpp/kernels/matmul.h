@@ -32,6 +32,8 @@ struct Matmul {
   std::int64_t b_row = 1, b_col = 0;
   void* c = nullptr;
   std::int64_t c_row = 0;
+  bool a_state = false,
+       c_state = false;     // elements of state_size: gradients of log-probs and values; gradients of weights, values
   bool accumulate = false;  // not with the backward activations, whose sum is not stored
   double scale = 1;
   const void* bias = nullptr;      // [n]

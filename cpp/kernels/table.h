@@ -1,8 +1,9 @@
 // The kernel table: the one door between the engine and a device.
 //
 // The engine is written once against it. It knows neither the element type behind a void* nor where the memory lies: the table
-// says how large an activation is, gives and takes memory, and brings a few rows to the host. One table an ISA level on the
-// CPU, and one for float64 (gradient checks). Test: tests/cpp/test_levels.cc (every level against scalar, memcmp).
+// says how large an activation is and how large what is accumulated, gives and takes memory, and brings a few rows to the host.
+// One table an ISA level on the CPU, one for float64 (gradient checks), one a CUDA device. Test: tests/cpp/test_levels.cc
+// (every level against scalar, memcmp).
 #pragma once
 
 #include <cstddef>
@@ -28,8 +29,10 @@
 namespace tutelage {
 
 struct KernelTable {
-  const char* name;              // "scalar", "avx2", "avx512", "neon", "float64"
-  std::int64_t activation_size;  // bytes of an element: 4, or 8 for float64
+  const char* name;  // "scalar", "avx2", "avx512", "neon", "float64"
+  std::int64_t
+      activation_size;      // bytes of an element of activations, weights and the cache: 4; 8 for float64; 2 (bfloat16) on CUDA
+  std::int64_t state_size;  // of what is accumulated or handed out (gradients, statistics, logits, log-probs): 4, or 8
 
   void (*matmul)(const Matmul&, int threads);
   void (*flash_attention)(const Attention&, int threads);
@@ -61,8 +64,11 @@ struct KernelTable {
   void (*release)(void* block) noexcept;
   void (*copy)(void* to, const void* from, std::size_t bytes);
   void (*zero)(void* to, std::size_t bytes);
-  void (*from_float)(void* to, const float* from, std::int64_t n);
-  double (*to_double)(const void* from, std::int64_t index);  // one element, brought to the host
+  void (*from_float)(void* to, const float* from, std::int64_t n);  // from the host, to elements of state_size
+  void (*to_double)(double* to, const void* from, std::int64_t n);  // brings n of them to the host
+  // Where the kernels do not read the host's memory: a copy from it, and one to it that waits. Null: they do.
+  void (*upload)(void* to, const void* from, std::size_t bytes);
+  void (*download)(void* to, const void* from, std::size_t bytes);
 };
 
 // The levels. Declared for all machines, defined where the machine has them: levels() in select.h names those.
