@@ -5,7 +5,7 @@
 // Each is defined in one file of cuda/units/, which nvcc compiles for GPUs (module _cuda) and g++ for the emulator (_cuda_sim).
 #pragma once
 
-#include "cuda/kernels/draw.h"
+#include "cuda/kernels/arguments.h"
 #include "cuda/ptx/bf16.h"
 #include "cuda/simt/simt.h"
 #include "kernels/adamw.h"
@@ -33,6 +33,9 @@ void gelu(const Gelu& g, cudaStream_t stream);
 void gelu_backward(const GeluBackward& g, cudaStream_t stream);
 void embedding(const Embedding& g, cudaStream_t stream);
 void embedding_backward(const EmbeddingBackward& g, cudaStream_t stream);
+
+void scalar_head(const cuda::ScalarHead& g, cudaStream_t stream);
+void scalar_head_backward(const cuda::ScalarHeadBackward& g, cudaStream_t stream);
 
 void adamw(const AdamW& g, cuda::bf16* copy, cudaStream_t stream);
 void total(const Total& g, cudaStream_t stream);

@@ -1,6 +1,6 @@
 // Embedding look-up and the gradient of a table, as cpp/kernels/embedding.h states them.
 //
-// Types    table, position_table, y, dy bf16; dtable float; ids, positions int32.
+// Types    table, position_table, y, dy bf16 (dy float with dy_state); dtable float; ids, positions int32.
 // Order    a row of dtable is ONE chain over its tokens in order, continued from what it holds. No atomics: the block of a
 // token
 //          returns unless it is the first with its id; that one finds the later ones, in order, and adds them all.
@@ -31,6 +31,10 @@ static __global__ void __launch_bounds__(kElementThreads) embedding_kernel(const
 
 constexpr int kScanThreads = 256;
 
+__device__ __forceinline__ float as_number(bf16 x) { return to_float(x); }
+__device__ __forceinline__ float as_number(float x) { return x; }
+
+template <class T>  // of dy
 static __global__ void __launch_bounds__(kScanThreads) embedding_backward_kernel(const EmbeddingBackward g) {
   auto* votes = dyn_smem<std::uint32_t>();  // [2][warps]: double, so that one barrier a step is enough
   constexpr int kWarps = kScanThreads / 32;
@@ -56,7 +60,7 @@ static __global__ void __launch_bounds__(kScanThreads) embedding_backward_kernel
   }
   // Columns in passes of a few registers; nearly always one pass is enough.
   constexpr int kPerThread = 8;
-  const bf16* dy = static_cast<const bf16*>(g.dy);
+  const T* dy = static_cast<const T*>(g.dy);
   float* row = static_cast<float*>(g.dtable) + id * g.d;
   for (int64_t column0 = 0; column0 < g.d; column0 += kPerThread * kScanThreads) {
     float sums[kPerThread];
@@ -78,7 +82,7 @@ static __global__ void __launch_bounds__(kScanThreads) embedding_backward_kernel
           const int bit = __builtin_ctz(bits);
 #endif
           const int64_t t = first + w * 32 + bit;
-          each([&](int i, int64_t j) { sums[i] = sums[i] + to_float(ld_global(dy + t * g.d + j)); });
+          each([&](int i, int64_t j) { sums[i] = sums[i] + as_number(ld_global(dy + t * g.d + j)); });
         }
     }
     each([&](int i, int64_t j) { st_global(row + j, sums[i]); });
@@ -94,8 +98,8 @@ inline void embedding(const Embedding& g, cudaStream_t stream) {
 }
 
 inline void embedding_backward(const EmbeddingBackward& g, cudaStream_t stream) {
-  launch(embedding_backward_kernel, dim3(static_cast<unsigned>(g.tokens)), dim3(kScanThreads),
-         2 * kScanThreads / 32 * sizeof(std::uint32_t), stream, g);
+  launch(g.dy_state ? embedding_backward_kernel<float> : embedding_backward_kernel<bf16>, dim3(static_cast<unsigned>(g.tokens)),
+         dim3(kScanThreads), 2 * kScanThreads / 32 * sizeof(std::uint32_t), stream, g);
 }
 
 }  // namespace tutelage::cuda

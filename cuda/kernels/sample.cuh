@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/draw.h"
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/philox.cuh"
 #include "cuda/kernels/vocab_tiles.cuh"
 #include "kernels/sample.h"

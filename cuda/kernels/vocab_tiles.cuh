@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/draw.h"
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/math.cuh"
 #include "cuda/ptx/memory.h"
 #include "cuda/ptx/warp.h"
