@@ -1,6 +1,6 @@
 """Checks the CUDA kernels with nvcc alone, without a GPU: registers, spills, occupancy, the instructions of main loops.
 
-    python tools/check_cuda.py BUILD [--update]
+    python tools/check_cuda.py BUILD [--update] [--predict]
 
 BUILD is a release build of the C++ harness: its tests say with which blocks and how much shared memory each kernel is
 launched, so a kernel that no test runs is found too. What is found is compared with docs/cuda-registers.json (--update
@@ -265,6 +265,34 @@ def differences(kept: dict[str, object], table: dict[str, object]) -> list[str]:
     return wrong
 
 
+# What a kernel must move and compute for the shape below: bytes, flops. Nothing here was measured.
+TOKENS, HIDDEN, VOCABULARY, PARAMETERS = 8192, 4096, 128_256, 1_000_000_000
+WORK = {
+    "rms_norm": (4 * TOKENS * HIDDEN, 0),
+    "rms_norm, residual": (8 * TOKENS * HIDDEN, 0),
+    "rms_norm backward": (6 * TOKENS * HIDDEN, 0),
+    "rms_norm backward, weight": (4 * TOKENS * HIDDEN, 0),
+    "rope, 40 heads of 128": (4 * TOKENS * 40 * 128, 0),
+    "swiglu, 14,336 columns": (6 * TOKENS * 14_336, 0),
+    "swiglu backward": (10 * TOKENS * 14_336, 0),
+    "embedding": (4 * TOKENS * HIDDEN, 0),
+    "adamw, 1e9 parameters": (30 * PARAMETERS, 0),
+    "sample, 256 rows": (4 * 256 * VOCABULARY, 0),
+}
+# bytes and dense bf16 flops a second, by their data sheets
+PEAKS = {"A100 80 GB": (2.04e12, 312e12), "H100 SXM": (3.35e12, 989e12), "RTX 4090": (1.01e12, 165e12)}
+
+
+def predict() -> str:
+    """A table of the least times that bytes and flops allow."""
+    lines = [f"PREDICTED, not measured: the least time at the devices' peaks, {TOKENS:,} tokens of {HIDDEN:,}, in microseconds"]
+    lines.append(f"{'':<28}" + "".join(f"{device:>14}" for device in PEAKS))
+    for name, (moved, computed) in WORK.items():
+        least = [max(moved / bandwidth, computed / flops) * 1e6 for bandwidth, flops in PEAKS.values()]
+        lines.append(f"{name:<28}" + "".join(f"{time:>14,.1f}" for time in least))
+    return "\n".join(lines)
+
+
 def write(version: str, table: dict[str, object]) -> None:
     rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
     TABLE.write_text(f'{{\n  "nvcc": {json.dumps(version)},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
@@ -274,7 +302,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
     parser.add_argument("--update", action="store_true", help="write docs/cuda-registers.json")
+    parser.add_argument("--predict", action="store_true", help="print what bytes and flops allow, and check nothing")
     arguments = parser.parse_args()
+    if arguments.predict:
+        print(predict())
+        return 0
     try:
         nvcc = shutil.which("nvcc")
         if not nvcc:

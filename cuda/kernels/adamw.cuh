@@ -3,7 +3,7 @@
 // Types    p (the master weights), g, m, v float; copy bf16, or null.
 // Order    element-wise.
 // Work     28 bytes a parameter, 30 with the copy: memory-bound.
-// Test     tests/simt/test_adamw.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_adamw.cc.
 #pragma once
 
 #include <cmath>

@@ -6,7 +6,7 @@
 //          returns unless it is the first with its id; that one finds the later ones, in order, and adds them all.
 // Work     forward 4 bytes an element. Backward 2 bytes an element of dy, 8 of every row that occurs; and a scan of ids of
 //          tokens^2 / 2 comparisons, 256 at a time (8,192 tokens: 1.3e5 steps of a block, from cache).
-// Test     tests/simt/test_embedding.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_embedding.cc.
 #pragma once
 
 #include "cuda/kernels/elementwise.cuh"

@@ -3,7 +3,7 @@
 // Types    x, y, dy, dx bf16; arithmetic in float.
 // Order    element-wise.
 // Work     4 bytes an element forward, 6 backward.
-// Test     tests/simt/test_gelu.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_gelu.cc.
 #pragma once
 
 #include "cuda/kernels/elementwise.cuh"

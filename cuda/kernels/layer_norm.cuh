@@ -4,7 +4,7 @@
 //          rounded sum, which the backward reads again.
 // Order    sums over a row: rows.cuh, the mean first, then the squares of the distances from it. dweight, dbias: columns.cuh.
 // Work     as rms_norm.cuh.
-// Test     tests/simt/test_layer_norm.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_layer_norm.cc.
 #pragma once
 
 #include "cuda/kernels/columns.cuh"

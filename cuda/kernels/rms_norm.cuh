@@ -4,7 +4,7 @@
 //          backward reads again.
 // Order    sums over a row: rows.cuh. dweight: columns.cuh.
 // Work     forward reads and writes each element once (4 bytes; 8 with a residual), backward 6 bytes and then 4 for dweight.
-// Test     tests/simt/test_rms_norm.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_rms_norm.cc.
 #pragma once
 
 #include "cuda/kernels/columns.cuh"

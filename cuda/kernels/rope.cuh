@@ -3,7 +3,7 @@
 // Types    x, y bf16 (y may be x); cos, sin float; positions int32.
 // Order    element-wise.
 // Work     4 bytes an element; the tables stay in cache.
-// Test     tests/simt/test_rope.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_rope.cc.
 #pragma once
 
 #include "cuda/kernels/elementwise.cuh"

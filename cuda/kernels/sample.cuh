@@ -10,7 +10,7 @@
 // How      a block a row. The cuts (top_k, top_p) are found by search over the floats' order: a pass over z counts for seven
 //          thresholds at once, 11 passes decide all 32 bits; no sorting, no memory beyond z.
 // Work     reads z once (4 bytes a token of the vocabulary); with cuts up to 23 times, from cache.
-// Test     tests/simt/test_sample.cc.   Benchmark  bench/rollout.py --device cuda.
+// Test     tests/simt/test_sample.cc.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 // Types    all bf16; arithmetic in float.
 // Order    element-wise.
 // Work     6 bytes an element forward, 10 backward.
-// Test     tests/simt/test_swiglu.cc.   Benchmark  bench/kernels.py --device cuda.
+// Test     tests/simt/test_swiglu.cc.
 #pragma once
 
 #include "cuda/kernels/elementwise.cuh"

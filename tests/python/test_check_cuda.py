@@ -87,3 +87,10 @@ def test_the_committed_table_is_compared(tool: ModuleType) -> None:
         "c is in the table and not in cuda/units/",
         "a:\n    table {'registers': 41}\n    found {'registers': 40}",
     ]
+
+
+def test_predictions_say_that_they_are(tool: ModuleType) -> None:
+    first, _, *rows = tool.predict().splitlines()
+    assert first.startswith("PREDICTED, not measured")
+    rms_norm = next(row for row in rows if row.startswith("rms_norm "))
+    assert rms_norm.split()[1:] == ["65.8", "40.1", "132.9"]  # 134 MB at 2.04, 3.35 and 1.01 TB/s
