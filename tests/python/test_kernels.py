@@ -507,7 +507,7 @@ def f32(*shape: int) -> Tensor:
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "dtype of the first": (
         lambda: kernels.matmul(f32(2, 4).bfloat16(), f32(3, 4)),
-        "argument 'x' must be float32 or float64, but it is another dtype [2, 4] on the CPU",
+        "argument 'x' must be float32 or float64, but it is bfloat16 [2, 4] on the CPU",
     ),
     "dtypes that differ": (
         lambda: kernels.matmul(f32(2, 4), f32(3, 4).double()),
