@@ -43,10 +43,10 @@ TEST(contiguity_ignores_strides_that_move_nothing) {
 }
 
 TEST(dtypes_have_names_and_sizes) {
-  const DType all[] = {DType::float32, DType::float64, DType::int32, DType::boolean, DType::other};
-  const char* names[] = {"float32", "float64", "int32", "bool", "another dtype"};
-  const std::int64_t sizes[] = {4, 8, 4, 1, 0};
-  for (int i = 0; i < 5; ++i) CHECK(dtype_name(all[i]) == std::string(names[i]) && dtype_size(all[i]) == sizes[i], names[i]);
+  const DType all[] = {DType::float32, DType::float64, DType::bfloat16, DType::int32, DType::boolean, DType::other};
+  const char* names[] = {"float32", "float64", "bfloat16", "int32", "bool", "another dtype"};
+  const std::int64_t sizes[] = {4, 8, 2, 4, 1, 0};
+  for (int i = 0; i < 6; ++i) CHECK(dtype_name(all[i]) == std::string(names[i]) && dtype_size(all[i]) == sizes[i], names[i]);
 }
 
 TEST(cu_seqlens_start_at_zero_never_fall_and_end_at_the_number_of_tokens) {
