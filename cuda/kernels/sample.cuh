@@ -239,6 +239,22 @@ static __global__ void __launch_bounds__(kSampleThreads, 1) sample_kernel(const 
   }
 }
 
+// z [rows, vocab] divided by each row's temperature, as linear_logprob divides: by a factor rounded once. Rows at 1 and greedy
+// ones (which are drawn at 1) stay.
+static __global__ void __launch_bounds__(256) scale_logits_kernel(float* z, int64_t vocab, const SampleSettings* settings) {
+  const double temperature = ld_global(&settings[blockIdx.y].temperature);
+  if (!(temperature > 0) || temperature == 1) return;  // the whole block
+  const float inverse = static_cast<float>(1 / temperature);
+  const int64_t j = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  float* at = z + int64_t(blockIdx.y) * vocab + j;
+  if (j < vocab) st_global(at, ld_global(at) * inverse);
+}
+
+inline void scale_logits(float* z, int64_t rows, int64_t vocab, const SampleSettings* settings, cudaStream_t stream) {
+  launch(scale_logits_kernel, dim3(static_cast<unsigned>((vocab + 255) / 256), static_cast<unsigned>(rows)), dim3(256), 0,
+         stream, z, vocab, settings);
+}
+
 // The statistics of z [rows, vocab], half a warp a tile: for logits that did not come through linear_logprob.
 static __global__ void __launch_bounds__(256)
     tile_statistics_kernel(const float* z, int64_t rows, int64_t vocab, TileStatistics* out) {

@@ -133,6 +133,7 @@ class Transformer:
         weight_decay: float,
         step: int,
         grad_scale: float,
+        copy: Tensor | None,
         threads: int,
     ) -> None: ...
 
@@ -316,6 +317,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    copy: Tensor | None = None,
     threads: int,
     level: str | None = None,
 ) -> None: ...

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tutelage.model import Model
 
@@ -73,20 +74,25 @@ class AdamW:
         norm, model = self.grad_norm(), self.model
         scale = 1.0 if self.max_grad_norm is None or norm <= self.max_grad_norm else self.max_grad_norm / norm
         self.steps += 1
-        model._engine.adamw(
-            model.params,
-            model._settled_grads(),
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.lr,
-            *self.betas,
-            self.eps,
-            self.weight_decay,
-            self.steps,
-            scale,
-            torch.get_num_threads(),
-        )
-        torch.autograd.graph.increment_version(model.params)
+        grads = model._settled_grads()
+
+        def update(copy: Tensor | None) -> None:
+            model._engine.adamw(
+                model.params,
+                grads,
+                self.exp_avg,
+                self.exp_avg_sq,
+                self.lr,
+                *self.betas,
+                self.eps,
+                self.weight_decay,
+                self.steps,
+                scale,
+                copy,
+                torch.get_num_threads(),
+            )
+
+        model._stepped(update)
         return norm
 
     def _culprit(self) -> str:
