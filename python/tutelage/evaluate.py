@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,31 +22,41 @@ from tutelage.rollouts import Rollouts
 _Z = 1.959963984540054
 
 
-def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int) -> float:
+Share = Callable[[PackedBatch, Callable[[PackedBatch], torch.Tensor]], torch.Tensor]
+"""(batch, function of a batch) -> what the function gives for it; where ranks share the work, each does a part of the batch."""
+
+
+def whole(batch: PackedBatch, compute: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:
+    """Nothing is shared."""
+    return compute(batch)
+
+
+def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int, share: Share = whole) -> float:
     """Sum of −log p (natural logarithm) over every token of the documents, end tokens included.
 
     Documents longer than `context` tokens are read in consecutive windows, each of which starts fresh. At
     most `max_tokens` (≥ context) go through the model at once; neither that nor the number of threads changes
     a bit of the result.
     """
-    return _nats(model, pack(held_out.sequences(context)), max_tokens)
+    return _nats(model, pack(held_out.sequences(context)), max_tokens, share)
 
 
-def held_out_loss(model: Model, batch: PackedBatch, max_tokens: int) -> float:
+def held_out_loss(model: Model, batch: PackedBatch, max_tokens: int, share: Share = whole) -> float:
     """Mean of −log p (natural logarithm) over the masked tokens of the whole batch.
 
     At most `max_tokens` tokens go through the model at once; neither that nor the number of threads changes a
     bit of the result.
     """
-    return _nats(model, batch, max_tokens) / sum(batch.completion_counts)
+    return _nats(model, batch, max_tokens, share) / sum(batch.completion_counts)
 
 
-def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
-    sums: list[float] = []
-    with torch.no_grad():
-        for part in batch.split(max_tokens):
-            sums += part.sum(model.score(part, completion_only=True).logprobs).tolist()
-    return -math.fsum(sums)
+def _nats(model: Model, batch: PackedBatch, max_tokens: int, share: Share) -> float:
+    def sums(own: PackedBatch) -> torch.Tensor:
+        with torch.no_grad():
+            parts = own.split(max_tokens)
+            return torch.cat([part.sum(model.score(part, completion_only=True).logprobs) for part in parts])
+
+    return -math.fsum(share(batch, sums).tolist())
 
 
 def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch.Tensor:
@@ -59,9 +69,9 @@ def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch
         return torch.cat([part.last(model.values(part)) for part in batch.split(max(max_tokens, *batch.lengths))])
 
 
-def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int) -> float:
+def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int, share: Share = whole) -> float:
     """Mean over the rollouts of the reward model's value at an answer's last token. As `sequence_rewards`."""
-    rewards = sequence_rewards(model, rollouts.pack(), max_tokens).tolist()
+    rewards = share(rollouts.pack(), lambda part: sequence_rewards(model, part, max_tokens)).tolist()
     return math.fsum(rewards) / len(rewards)
 
 
@@ -78,7 +88,9 @@ def load_reward_model(folder: str, tokenizer: Tokenizer, base: Model | None = No
     return model
 
 
-def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int) -> dict[str, float]:
+def held_out_bits_per_byte(
+    model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int, share: Share = whole
+) -> dict[str, float]:
     """Bits per UTF-8 byte on the held-out documents of each source, by name, and of all of them as "all".
 
     Empty where nothing is held out.
@@ -86,7 +98,7 @@ def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: in
     sources = list(sources)
     if not sources:
         return {}
-    nats = [held_out_nats(model, source, context, max_tokens) for source in sources]
+    nats = [held_out_nats(model, source, context, max_tokens, share) for source in sources]
     bits = {source.name: bits_per_byte(cost, source.bytes) for source, cost in zip(sources, nats, strict=True)}
     return {**bits, "all": bits_per_byte(math.fsum(nats), sum(source.bytes for source in sources))}
 
