@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from tutelage import dealing, files
@@ -37,6 +36,7 @@ from tutelage.hub.hugging_face import Stage
 from tutelage.model import Model
 from tutelage.optimizer import AdamW, NonFiniteGradientError
 from tutelage.sharding import Reduction
+from tutelage.train.bar import bar, progress
 from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
 from tutelage.train.sharing import shared
 
@@ -165,9 +165,8 @@ class Run:
         if not self._speaks:
             yield lambda done: None
             return
-        with _bar(self.console) as bar:
-            task = bar.add_task("", total=total, figures=what)
-            yield lambda done: bar.update(task, completed=done)
+        with progress(self.console, what, total) as done:
+            yield done
 
     # ---- the state
 
@@ -289,7 +288,7 @@ class Run:
         self._first_step, self._last_step = self.step, last
         self._started = time.monotonic()
         if self._speaks and self.step < last:
-            self._bar = _bar(self.console)
+            self._bar = bar(self.console)
             self._bar.start()
             self._bar.add_task("", total=last, completed=self.step, figures="")
         self.training = self.step < last
@@ -686,16 +685,6 @@ def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
     if not rows:
         return f"Every {what} is finite: the objective makes the number"
     return f"Sequences {', '.join(rows[:8])} of the step have {what}s that are not finite"
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
