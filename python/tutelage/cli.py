@@ -83,11 +83,13 @@ COMMANDS: Mapping[str, Command] = {
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",
         "tutelage.train.generate:generate",
+        positional=("model",),
     ),
     "chat": Command(
         "Talk to a model.",
         "tutelage.train.configs:ChatConfig",
         "tutelage.train.chat:chat",
+        positional=("model",),
     ),
     "eval": Command(
         "Measure a model: bits per byte, accuracy, win rate, KL divergence.",

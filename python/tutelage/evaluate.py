@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,27 @@ from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
 from tutelage.rollouts import Rollouts
 
+Done = Callable[[int], None]
+"""Is told after each part how many of the sequences are finished."""
+
 # The normal distribution's 97.5 % quantile: 95 % lie between its two sides.
 _Z = 1.959963984540054
+
+
+def _told(parts: Iterable[PackedBatch], done: Done) -> Iterator[PackedBatch]:
+    finished = 0
+    for part in parts:
+        yield part
+        finished += len(part)
+        done(finished)
+
+
+def _from(before: int, done: Done) -> Done:
+    return lambda finished: done(before + finished)
+
+
+def _nobody(_: int) -> None:
+    pass
 
 
 def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int) -> float:
@@ -41,22 +60,22 @@ def held_out_loss(model: Model, batch: PackedBatch, max_tokens: int) -> float:
     return _nats(model, batch, max_tokens) / sum(batch.completion_counts)
 
 
-def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
+def _nats(model: Model, batch: PackedBatch, max_tokens: int, done: Done = _nobody) -> float:
     sums: list[float] = []
     with torch.no_grad():
-        for part in batch.split(max_tokens):
+        for part in _told(batch.split(max_tokens), done):
             sums += part.sum(model.score(part, completion_only=True).logprobs).tolist()
     return -math.fsum(sums)
 
 
-def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch.Tensor:
+def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int, done: Done = _nobody) -> torch.Tensor:
     """The reward of each sequence, float32 [S]: the scalar head's value at its last token.
 
     At most `max_tokens` tokens, or the longest sequence, go through the model at once; neither that nor the number of
     threads changes a bit of the result.
     """
     with torch.no_grad():
-        return torch.cat([part.last(model.values(part)) for part in batch.split(max(max_tokens, *batch.lengths))])
+        return torch.cat([part.last(model.values(part)) for part in _told(batch.split(max(max_tokens, *batch.lengths)), done)])
 
 
 def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int) -> float:
@@ -78,7 +97,9 @@ def load_reward_model(folder: str, tokenizer: Tokenizer, base: Model | None = No
     return model
 
 
-def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int) -> dict[str, float]:
+def held_out_bits_per_byte(
+    model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int, done: Done = _nobody
+) -> dict[str, float]:
     """Bits per UTF-8 byte on the held-out documents of each source, by name, and of all of them as "all".
 
     Empty where nothing is held out.
@@ -86,7 +107,11 @@ def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: in
     sources = list(sources)
     if not sources:
         return {}
-    nats = [held_out_nats(model, source, context, max_tokens) for source in sources]
+    nats, before = [], 0
+    for source in sources:
+        batch = pack(source.sequences(context))
+        nats.append(_nats(model, batch, max_tokens, _from(before, done)))
+        before += len(batch)
     bits = {source.name: bits_per_byte(cost, source.bytes) for source, cost in zip(sources, nats, strict=True)}
     return {**bits, "all": bits_per_byte(math.fsum(nats), sum(source.bytes for source in sources))}
 
@@ -156,7 +181,9 @@ class Divergence:
     tokens: int
 
 
-def kl_divergence(rollouts: Rollouts, reference: Model, temperature: float, max_tokens: int) -> Divergence:
+def kl_divergence(
+    rollouts: Rollouts, reference: Model, temperature: float, max_tokens: int, done: Done = _nobody
+) -> Divergence:
     """How far the model that sampled `rollouts`, at `temperature` and with nothing cut off, is from `reference`.
 
     Both distributions are those at `temperature`. At most `max_tokens` tokens, or the longest sequence, go through the
@@ -166,7 +193,7 @@ def kl_divergence(rollouts: Rollouts, reference: Model, temperature: float, max_
     counts = batch.completion_counts
     sums: list[float] = []
     with torch.no_grad():
-        for part in batch.split(max(max_tokens, *batch.lengths)):
+        for part in _told(batch.split(max(max_tokens, *batch.lengths)), done):
             assert part.logprobs is not None  # a rollout has them
             known = reference.score(part, temperature, completion_only=True).logprobs
             sums += part.sum(part.logprobs.double() - known.double()).tolist()

@@ -111,6 +111,12 @@ def test_a_value_of_the_wrong_type_is_refused_from_yaml_as_from_a_flag(
         assert "--max_steps" in error and "many" in error
 
 
+def test_the_model_may_stand_in_front() -> None:
+    for command in ("chat", "generate"):
+        assert parse(command, ["folder/", "--seed", "3"]) == parse(command, ["--seed", "3", "--model", "folder/"])
+    assert parse("eval", ["kl", "--model", "m", "--against", "n"]).measure == "kl"
+
+
 def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["pretrain", "--lerning_rate", "1"])

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from tutelage import files
@@ -34,6 +33,7 @@ from tutelage.files import DISK, Disk
 from tutelage.hub.hugging_face import Stage
 from tutelage.model import Model
 from tutelage.optimizer import AdamW, NonFiniteGradientError
+from tutelage.train.bar import bar, progress
 from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
 
 CONFIG, METRICS, TIMES = "config.yaml", "metrics.jsonl", "times.jsonl"
@@ -135,12 +135,8 @@ class Run:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar on a terminal, for work before the steps; tell what is yielded how much of `total` is done."""
-        if not self.console.is_terminal:
-            yield lambda done: None
-            return
-        with _bar(self.console) as bar:
-            task = bar.add_task("", total=total, figures=what)
-            yield lambda done: bar.update(task, completed=done)
+        with progress(self.console, what, total) as done:
+            yield done
 
     # ---- the state
 
@@ -255,7 +251,7 @@ class Run:
         self._first_step, self._last_step = self.step, last
         self._started = time.monotonic()
         if self.console.is_terminal and self.step < last:
-            self._bar = _bar(self.console)
+            self._bar = bar(self.console)
             self._bar.start()
             self._bar.add_task("", total=last, completed=self.step, figures="")
         self.training = self.step < last
@@ -541,16 +537,6 @@ def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
     if not rows:
         return f"Every {what} is finite: the objective makes the number"
     return f"Sequences {', '.join(rows[:8])} of the step have {what}s that are not finite"
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
