@@ -26,20 +26,20 @@ Read the prompt first, then every answer to its end.
 
 What is true comes before what is well said. An answer that is wrong in something that matters is worse than one that is clumsy.
 
-Of two that are right, prefer the one that the person who asked can use: short enough, in their words, nothing left out that they need.
+Of two that are right, prefer the one that the person who asked can use: short enough, in their words, nothing left out.
 
 If you cannot tell two apart, tie them. If you do not know enough to judge, skip.
 """
 
 SKY = "Why is the sky blue? Please explain it so that a six-year-old understands it."
 ANSWERS = [
-    "Sunlight looks white, but all the colours of the rainbow are in it. When it comes through the air, the air bounces the blue "
-    "around much more than the red. So blue light comes to your eyes from everywhere up there, and the sky looks blue.",
+    "Sunlight looks white, but all the colours of the rainbow are in it. When it comes through the air, the air bounces the "
+    "blue around much more than the red. So blue light comes to your eyes from everywhere up there, and the sky looks blue.",
     "The sky is blue because it mirrors the sea. Where there is no sea, it is less blue.",
-    "Rayleigh scattering: the scattering cross-section of molecules much smaller than the wavelength goes with the inverse fourth "
-    "power of the wavelength, so short wavelengths dominate the diffuse light of the sky.",
-    "Imagine a bag of marbles, red ones that are heavy and blue ones that are light. You roll them through a forest. The red ones "
-    "go straight on, and the blue ones bounce off the trees in all directions. Light does that in the air.",
+    "Rayleigh scattering: the scattering cross-section of molecules much smaller than the wavelength goes with the inverse "
+    "fourth power of the wavelength, so short wavelengths dominate the diffuse light of the sky.",
+    "Imagine a bag of marbles, red ones that are heavy and blue ones that are light. You roll them through a forest. The red "
+    "ones go straight on, and the blue ones bounce off the trees in all directions. Light does that in the air.",
 ]
 
 
