@@ -111,12 +111,14 @@ class LabelConfig:
         items: in the session; most of them are judged already.
         rounds: requests of each kind.
         folder: where to put the file of feedback while measuring.
+        browser: measure it in Chromium too, where Playwright and a Chromium are installed.
         json: a file to write the JSON line to as well.
     """
 
     items: int = 10_000
     rounds: int = 200
     folder: Path = Path()
+    browser: bool = True
     json: Path | None = None
 
 

@@ -3,6 +3,9 @@
 The server is the real one, on a file on disk, asked over HTTP on this machine: the page and what it asks for once, and then
 an answer sent and the next item received, alone and while the engine generates answers. What is sent is synced to the disk
 before it is confirmed, so beside it stands what the disk itself takes: 4 KiB written and synced, before each of them.
+
+Where Playwright and a Chromium are installed, a browser is asked too: when it painted first, and how long it is from the key
+that submits to the next item on the screen.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -37,6 +41,21 @@ from .train import SMOLLM2_135M
 
 _ANSWERS = 4
 _TEXT = "An answer of some length, as people read them: three hundred characters or so, which is what a small model says. " * 3
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Milliseconds from the beginning of the navigation to the first text on the screen.
+_PAINTED = """() => new Promise(done => new PerformanceObserver((list) => {
+    for (const entry of list.getEntriesByName('first-contentful-paint')) done(entry.startTime);
+}).observe({type: 'paint', buffered: true}))"""
+# Presses Enter; milliseconds until another item is there and the frame that shows it has been made.
+_SUBMIT = """() => new Promise(done => {
+    const number = document.getElementById('item-number'), before = number.textContent, begin = performance.now();
+    new MutationObserver((_, observer) => {
+        if (number.textContent === before) return;
+        observer.disconnect();
+        requestAnimationFrame(() => setTimeout(() => done(performance.now() - begin)));
+    }).observe(number, {childList: true, characterData: true, subtree: true});
+    document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', ctrlKey: true, bubbles: true}));
+})"""
 _SYNCED = b"\0" * 4096
 
 
@@ -93,6 +112,44 @@ def measurements(config: LabelConfig, folder: Path) -> Iterator[tuple[str, list[
                     item = found["item"]
             yield name, submitted
             yield f"{name}: 4 KiB synced", synced
+    if config.browser:
+        yield from _in_chromium(config, folder, texts)
+
+
+def _in_chromium(config: LabelConfig, folder: Path, texts: tuple[str, ...]) -> Iterator[tuple[str, list[float]]]:
+    """The same as a browser has it, in a session of its own; nothing where there is no browser to drive."""
+    chromium = next((found for name in _BROWSERS if (found := shutil.which(name))), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        chromium = None
+    if chromium is None:
+        print("no browser is measured: that takes `pip install playwright` and a Chromium")
+        return
+    path = folder / "browser.db"
+    create(path, Settings("rank", _ANSWERS), (Item(number, f"{number} {_TEXT}", texts) for number in range(config.items)))
+    store = Store(path)
+    rounds = min(config.rounds, 40)
+    _judge(store, "bench", config.items - rounds - 1)
+    with _listening(store) as host, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"])
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://{host}/?token=token")
+        page.fill("#name", "bench")
+        page.press("#name", "Enter")
+        page.locator("#item").wait_for()
+        painted, shown = [], []
+        for _ in range(rounds):  # a new tab each time, of a session that goes on
+            page.goto(f"http://{host}/")
+            painted.append(float(page.evaluate(_PAINTED)))
+            page.locator("#item").wait_for()
+            for letter in "ABCD":
+                page.keyboard.press(letter)
+            shown.append(float(page.evaluate(_SUBMIT)))
+        browser.close()
+    yield "first paint (Chromium)", painted
+    yield "key pressed to next item on the screen (Chromium)", shown
 
 
 def _judge(store: Store, labeller: str, count: int) -> None:
@@ -105,13 +162,25 @@ def _judge(store: Store, labeller: str, count: int) -> None:
 
 
 @contextmanager
-def _serving(store: Store) -> Iterator[Callable[..., tuple[float, Any]]]:
-    """A function (method, path, body) -> (milliseconds, what came)."""
+def _listening(store: Store) -> Iterator[str]:
+    """A server of the store; its host, with the port."""
     with listen("127.0.0.1", 0) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
         server = make_server(make_app(Desk(store), Gate(["token"], "bench"), [host]))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        try:
+            yield host
+        finally:
+            server.should_exit = True
+            thread.join()
+            store.close()
+
+
+@contextmanager
+def _serving(store: Store) -> Iterator[Callable[..., tuple[float, Any]]]:
+    """A function (method, path, body) -> (milliseconds, what came)."""
+    with _listening(store) as host:
         connection = http.client.HTTPConnection(host)
         headers = {"Origin": f"http://{host}", "Content-Type": "application/json"}
 
@@ -132,9 +201,6 @@ def _serving(store: Store) -> Iterator[Callable[..., tuple[float, Any]]]:
             yield ask
         finally:
             connection.close()
-            server.should_exit = True
-            thread.join()
-            store.close()
 
 
 @contextmanager

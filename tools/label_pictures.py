@@ -6,6 +6,7 @@ python tools/label_pictures.py [FOLDER]          (docs/images; needs Chromium, p
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium")
 LIMIT = 120_000  # bytes of a picture
 
 GUIDELINES = """\

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from browser_for_tests import Person, chrome
 from forked import Forker, forker
-from labelling_for_tests import Json, Page, address_of
+from labelling_for_tests import Page, address_of
 from runs_for_tests import write_rows
 from tutelage import ModelConfig, Tokenizer, load_rankings, train_tokenizer
 from tutelage.cli import main
@@ -89,21 +90,28 @@ def test_what_was_said_on_the_page_is_what_models_learn(tmp_path: Path, forks: F
         [row for question in exam if (row := SimulatedLabeller(0, 0.0).label(question, question["responses"])) is not None],
     )
 
-    # the scripted labeller reads the page
+    # the scripted labeller reads the page in a browser, and types
     facts = {row["prompt"]: fact_of(row) for row in given}
 
-    def judge(item: Json) -> Json:
-        prompt, texts = item["prompt"][0]["content"], [answer["text"] for answer in item["answers"]]
-        ranked = labeller.rank(prompt, texts, facts[prompt])
-        return {"ranking": [[item["answers"][place]["id"] for place in group] for group in ranked]}
+    def judge(person: Person) -> None:
+        shown = person.texts()
+        prompt, letters = person.prompt(), list(shown)
+        for group in labeller.rank(prompt, list(shown.values()), facts[prompt]):
+            for tied, place in enumerate(group):
+                person.press(letters[place], *("=" for _ in range(min(tied, 1))))
+        person.press("Enter")
 
     responses = write_rows(tmp_path / "responses.jsonl", [{k: row[k] for k in ("prompt", "responses")} for row in given])
     out = tmp_path / "feedback.db"
     config = {"out": str(out), "responses": str(responses), "stop_when_complete": True}
     child = forks.start("children:serve", config=config)
-    page = Page(address_of(child.output))
-    assert page.judge_all(judge) == ITEMS
-    page.close()
+    with chrome() as browser:
+        person = Person(browser.new_context()).begin(address_of(child.output))
+        for number in range(ITEMS):
+            person.at_item(number + 1)
+            judge(person)
+        person.finished()
+        assert person.complaints == []
     assert child.wait() == 0
 
     exported = tmp_path / "rankings.jsonl"

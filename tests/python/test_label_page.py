@@ -497,7 +497,9 @@ def test_control_the_hostile_texts_are_hostile(context: BrowserContext) -> None:
                     """async text => {
                         window.fired = null;
                         document.body.innerHTML = text;
-                        for (const each of document.querySelectorAll('a[href], button, input')) each.dispatchEvent(new MouseEvent('click', {bubbles: true}));
+                        for (const each of document.querySelectorAll('a[href], button, input')) {
+                            each.dispatchEvent(new MouseEvent('click', {bubbles: true}));
+                        }
                         await new Promise(done => setTimeout(done, 5));
                         return window.fired ?? null;
                     }""",
