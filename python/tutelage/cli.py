@@ -31,6 +31,8 @@ class Command:
     """The options whose values may stand in front without their names; the last may have several."""
     ranks: bool = False
     """Whether several processes may run it together, started by torchrun."""
+    last: str = ""
+    """The option whose value may stand at the very end without its name."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -110,6 +112,18 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.data_check:data_check",
         positional=("data",),
     ),
+    "label": Command(
+        "Let people judge answers: a local page to rank, compare, rate or write them.",
+        "tutelage.train.configs:LabelConfig",
+        "tutelage.train.label:label",
+    ),
+    "label export": Command(
+        "Write what people judged as rows that reward, dpo, ppo and sft read.",
+        "tutelage.train.configs:LabelExportConfig",
+        "tutelage.train.label:export",
+        positional=("feedback",),
+        last="output",
+    ),
     "convert": Command(
         "Make a Hugging Face folder of a GGUF file, or a GGUF file of a folder.",
         "tutelage.train.configs:ConvertConfig",
@@ -134,6 +148,11 @@ COMMANDS: Mapping[str, Command] = {
     "bench loops": Command(
         "Measure steps of sft, dpo and ppo part by part, and against TRL.",
         "tutelage.bench:LoopsConfig",
+        "tutelage.bench:run",
+    ),
+    "bench label": Command(
+        "Measure how long the labelling page lets people wait.",
+        "tutelage.bench:LabelConfig",
         "tutelage.bench:run",
     ),
     "doctor": Command(
@@ -163,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     below = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
-    if below and arguments[1:] in ([], ["-h"], ["--help"]):
+    if below and arguments[0] not in COMMANDS and arguments[1:] in ([], ["-h"], ["--help"]):
         print(_help(arguments[0]))
         return 0
     if arguments[0] == "--version":
@@ -213,7 +232,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
     command = COMMANDS[name]
     config = _imported(command.config)
-    path, options = _split_config(_named(command.positional, arguments))
+    path, options = _split_config(_named(command, arguments))
     # The file's values go in front of the options as options of their own: one parser checks both, and the
     # last one wins.
     from_file = [] if path is None else _options_of(config, path)
@@ -225,13 +244,16 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     )
 
 
-def _named(positional: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The arguments with the names of those that stand in front."""
+def _named(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The arguments with the names of those that stand in front, and of the one at the very end."""
     named, rest = [], list(arguments)
-    for name in positional:
+    for name in command.positional:
         if not rest or rest[0].startswith("-"):
             break
         named += [f"--{name}", rest.pop(0)]
+    alone = len(rest) == 1 or (len(rest) > 1 and (not rest[-2].startswith("-") or "=" in rest[-2]))
+    if command.last and alone and not rest[-1].startswith("-"):
+        rest[-1:] = [f"--{command.last}", rest[-1]]
     return named + rest
 
 

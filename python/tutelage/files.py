@@ -586,20 +586,35 @@ def discard(paths: list[Path], disk: Disk) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, disk: Disk = DISK) -> Iterator[None]:
-    """Holds the lock of a folder, which must exist; raises RunFolderError naming the owner's pid and host.
+    """Holds the lock of a folder, which must exist; raises RunFolderError naming the owner's pid and host."""
+    with _lock(folder, folder / LOCK, folder / LOCK_GUARD, disk):
+        yield
 
-    The guard, a second lock held for microseconds, makes taking the lock and writing the owner's record one
+
+@contextmanager
+def lock_file(path: Path, disk: Disk = DISK) -> Iterator[None]:
+    """Holds the lock of a file, which need not exist; raises RunFolderError naming the owner's pid and host.
+
+    The lock lies beside the file, in hidden ones, so that neither replacing the file nor another lock on it matters.
+    """
+    with _lock(path, path.with_name(f".{path.name}{LOCK}"), path.with_name(f".{path.name}{LOCK_GUARD}"), disk):
+        yield
+
+
+@contextmanager
+def _lock(what: Path, lock: Path, guard_file: Path, disk: Disk) -> Iterator[None]:
+    """The guard, a second lock held for microseconds, makes taking the lock and writing the owner's record one
     step: who finds the lock taken never reads the record of an earlier owner. The kernel frees both when a
     process dies, and with it every child that was forked while the lock was held.
     """
-    guard = disk.lock(folder / LOCK_GUARD, wait=True)
+    guard = disk.lock(guard_file, wait=True)
     try:
-        held = disk.lock(folder / LOCK, wait=False)
+        held = disk.lock(lock, wait=False)
         if held is None:
-            raise RunFolderError(f"{folder} is in use by {_owner(folder / LOCK)}: wait for it to end, or stop it")
+            raise RunFolderError(f"{what} is in use by {_owner(lock)}: wait for it to end, or stop it")
         try:
             owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-            disk.write(folder / LOCK, held, owner.encode().ljust(_LOCK_BYTES), 0)
+            disk.write(lock, held, owner.encode().ljust(_LOCK_BYTES), 0)
         except BaseException:
             os.close(held)
             raise
