@@ -29,6 +29,8 @@ class Command:
     function: str
     positional: tuple[str, ...] = ()
     """The options whose values may stand in front without their names; the last may have several."""
+    ranks: bool = False
+    """Whether several processes may run it together, started by torchrun."""
     last: str = ""
     """The option whose value may stand at the very end without its name."""
 
@@ -48,36 +50,43 @@ COMMANDS: Mapping[str, Command] = {
         "Train a language model on text; without --data on the text every machine has.",
         "tutelage.train.configs:PretrainConfig",
         "tutelage.train.pretrain:pretrain",
+        ranks=True,
     ),
     "sft": Command(
         "Teach a model by examples: prompts and the answers to give.",
         "tutelage.train.configs:SftConfig",
         "tutelage.train.sft:sft",
+        ranks=True,
     ),
     "reward": Command(
         "Teach a model to judge: answers of which one was preferred, or rankings of several.",
         "tutelage.train.configs:RewardConfig",
         "tutelage.train.reward:reward",
+        ranks=True,
     ),
     "dpo": Command(
         "Learn from pairs of answers which one is better (DPO, cDPO, IPO, SimPO, KTO).",
         "tutelage.train.configs:DpoConfig",
         "tutelage.train.dpo:dpo",
+        ranks=True,
     ),
     "orpo": Command(
         "Learn to answer and which answer is better at once, without a reference (ORPO).",
         "tutelage.train.configs:OrpoConfig",
         "tutelage.train.dpo:orpo",
+        ranks=True,
     ),
     "ppo": Command(
         "Learn from what a reward model or a function says of the model's own answers (PPO, PPO-ptx).",
         "tutelage.train.configs:PpoConfig",
         "tutelage.train.ppo:ppo",
+        ranks=True,
     ),
     "grpo": Command(
         "Learn which of several answers of its own to a prompt are better (GRPO, Dr. GRPO, RLOO).",
         "tutelage.train.configs:GrpoConfig",
         "tutelage.train.grpo:grpo",
+        ranks=True,
     ),
     "generate": Command(
         "Complete prompts with a model.",
@@ -188,6 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = parse(name, rest)  # before the import of what takes it: `--help` ends here
+        if not COMMANDS[name].ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+            others = ", ".join(other for other, entry in COMMANDS.items() if entry.ranks)
+            raise ValueError(
+                f"this command runs in one process, so start it without torchrun (WORLD_SIZE); these can: {others}"
+            )
         _imported(COMMANDS[name].function)(config)
 
     return run(name, command)

@@ -42,9 +42,19 @@ class RunConfig:
     """Also write the metrics for TensorBoard, into output_dir/tensorboard (needs: pip install
     'tutelage[log]')."""
 
+    exact: bool = False
+    """Add up gradients along one tree over the sequences of a step, so that one, two, four … processes (torchrun) end in the
+    same bits. Costs time and memory; without it every number of processes has bits of its own, each reproducible."""
+    exact_leaf: int = 4
+    """With exact: sequences of a leaf of the tree, which one process adds up one after another. Other leaves, other bits."""
+    rank_timeout: float = 600.0
+    """Seconds that a process waits for another before it says which one is missing, and stops."""
+
     def __post_init__(self) -> None:
-        for name in ("save_steps", "save_total_limit", "logging_steps"):
+        for name in ("save_steps", "save_total_limit", "logging_steps", "exact_leaf"):
             at_least(self, name, 1)
+        if not 0 < self.rank_timeout < math.inf:
+            raise ValueError(f"rank_timeout must be positive and finite, but it is {self.rank_timeout}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in 0 .. 2^64 - 1, but it is {self.seed}")
 
@@ -62,6 +72,9 @@ FREE_FIELDS = frozenset(
         "plot",
         "micro_batch_tokens",
         "lora_merge",
+        "exact",  # what depends on these two is said where it does, see train/run.py
+        "exact_leaf",
+        "rank_timeout",
     }
 )
 

@@ -81,7 +81,9 @@ def _bits_per_byte(config: EvalConfig) -> Figures:
     context = model.config.max_position_embeddings
     pieces = sum(len(source.sequences(context)) for source in sources)
     with _bar("pieces of text", pieces) as done:
-        bits: Figures = dict(held_out_bits_per_byte(model, sources, context, max(config.micro_batch_tokens, context), done))
+        bits: Figures = dict(
+            held_out_bits_per_byte(model, sources, context, max(config.micro_batch_tokens, context), done=done)
+        )
     return {**bits, "bytes": sum(source.bytes for source in sources)}
 
 
