@@ -47,6 +47,7 @@ bench *args:
     tutelage bench train {{ args }}
     tutelage bench rollout {{ args }}
     tutelage bench loops {{ args }}
+    tutelage bench label
 
 # ruff, mypy, clang-format, weak symbols
 lint:

@@ -1,4 +1,4 @@
-"""``tutelage bench kernels|train|rollout|loops``: speeds as fractions of the machine's ceilings, as ratios to peers.
+"""``tutelage bench kernels|train|rollout|loops|label``: speeds as fractions of the machine's ceilings, as ratios to peers.
 
 Ceilings, peers and ours are measured in one run, alternating, because machines change their speed by the
 hour. Nothing here imports torch before :func:`run`.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["KernelsConfig", "LoopsConfig", "RolloutConfig", "TrainConfig", "run"]
+__all__ = ["KernelsConfig", "LabelConfig", "LoopsConfig", "RolloutConfig", "TrainConfig", "run"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,28 @@ class LoopsConfig:
     json: Path | None = None
 
 
-def run(config: KernelsConfig | TrainConfig | RolloutConfig | LoopsConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LabelConfig:
+    """How long a person waits for the labelling page's server: for the page, and for the next item after an answer was sent.
+
+    Beside it, what it takes this disk to sync 4 KiB, which an answer has to wait for, before it is confirmed.
+
+    Args:
+        items: in the session; most of them are judged already.
+        rounds: requests of each kind.
+        folder: where to put the file of feedback while measuring.
+        browser: measure it in Chromium too, where Playwright and a Chromium are installed.
+        json: a file to write the JSON line to as well.
+    """
+
+    items: int = 10_000
+    rounds: int = 200
+    folder: Path = Path()
+    browser: bool = True
+    json: Path | None = None
+
+
+def run(config: KernelsConfig | TrainConfig | RolloutConfig | LoopsConfig | LabelConfig) -> dict[str, Any]:
     """Measures, prints a table and one line of JSON, and returns what that line says.
 
     Raises:
@@ -115,6 +136,11 @@ def run(config: KernelsConfig | TrainConfig | RolloutConfig | LoopsConfig) -> di
 
     if isinstance(config, KernelsConfig) and config.device != "cpu":
         return gpu.run(config)
+    if isinstance(config, LabelConfig):
+        from . import label  # alone needs a web server
+
+        return label.run(config)
+
     if isinstance(config, RolloutConfig):
         return rollout.run(config)
     if isinstance(config, LoopsConfig):

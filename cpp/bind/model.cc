@@ -77,6 +77,15 @@ Config read_config(const py::dict& f) {
   return c;
 }
 
+// What the engine calls between blocks of a backward; nothing for None.
+Transformer::Finished teller(const py::object& finished) {
+  if (finished.is_none()) return {};
+  return [&finished](std::int64_t block) {
+    py::gil_scoped_acquire gil;
+    finished(block);
+  };
+}
+
 class BoundTransformer {
  public:
   BoundTransformer(const py::dict& config, const std::string& level)
@@ -138,21 +147,24 @@ class BoundTransformer {
   }
 
   void backward_score(Graph& graph, const py::tuple& weights, py::handle grads, py::handle d_logprobs, py::handle d_entropy,
-                      int threads) {
+                      int threads, const py::object& finished) {
     const WeightArguments w(*this, weights);
     const TensorArgument g = flat(grads, "grads");
     const TensorArgument l = gradient(d_logprobs, "d_logprobs", graph), h = gradient(d_entropy, "d_entropy", graph);
     const DeviceCall call;
+    const Transformer::Finished told = teller(finished);
     py::gil_scoped_release unlocked;
-    model_.backward_score(graph, w.weights, g.data<void>(), l.data<void>(), h.data<void>(), threads, poll_signals);
+    model_.backward_score(graph, w.weights, g.data<void>(), l.data<void>(), h.data<void>(), threads, poll_signals, told);
   }
-  void backward_values(Graph& graph, const py::tuple& weights, py::handle grads, py::handle d_values, int threads) {
+  void backward_values(Graph& graph, const py::tuple& weights, py::handle grads, py::handle d_values, int threads,
+                       const py::object& finished) {
     const WeightArguments w(*this, weights);
     const TensorArgument g = flat(grads, "grads");
     const TensorArgument v = gradient(d_values, "d_values", graph);
     const DeviceCall call;
+    const Transformer::Finished told = teller(finished);
     py::gil_scoped_release unlocked;
-    model_.backward_values(graph, w.weights, g.data<void>(), v.data<void>(), threads, poll_signals);
+    model_.backward_values(graph, w.weights, g.data<void>(), v.data<void>(), threads, poll_signals, told);
   }
 
   void forget_gradients() { model_.forget_gradients(); }
@@ -309,8 +321,10 @@ void bind_model(py::module_& m) {
       .def("values", &BoundTransformer::values, "weights"_a, "tokens"_a, "cu_seqlens"_a, "values"_a, "keep"_a, "recompute"_a,
            "threads"_a)
       .def("backward_score", &BoundTransformer::backward_score, "graph"_a, "weights"_a, "grads"_a, "d_logprobs"_a,
-           "d_entropy"_a, "threads"_a)
-      .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "weights"_a, "grads"_a, "d_values"_a, "threads"_a)
+           "d_entropy"_a, "threads"_a, "finished"_a = py::none(),
+           "finished: called with each block's index when its gradients are whole, the last block's first.")
+      .def("backward_values", &BoundTransformer::backward_values, "graph"_a, "weights"_a, "grads"_a, "d_values"_a, "threads"_a,
+           "finished"_a = py::none())
       .def("forget_gradients", &BoundTransformer::forget_gradients)
       .def("finish_gradients", &BoundTransformer::finish_gradients, "grads"_a, "threads"_a)
       .def("pack", &BoundTransformer::pack, "params"_a, "half"_a, "threads"_a,

@@ -637,11 +637,13 @@ void Transformer::backward_block(const Graph& g, std::size_t index, const void* 
   norm_backward(params, grads, w.norm1, w.norm1_bias, a.x, nullptr, n, a.mean1, a.rstd1, s.d_norm, s.dx, true, threads);
 }
 
-void Transformer::backward_body(Graph& g, const void* params, void* grads, const Stack& s, int threads, void (*poll)()) {
+void Transformer::backward_body(Graph& g, const void* params, void* grads, const Stack& s, int threads, void (*poll)(),
+                                const Finished& finished) {
   for (std::size_t i = g.blocks_.size(); i-- > 0;) {
     if (poll != nullptr) poll();
     if (g.options_.recompute) forward_block(g, i, params, g.blocks_[i], nullptr, threads);
     backward_block(g, i, params, grads, g.blocks_[i], s, threads);
+    if (finished) finished(static_cast<std::int64_t>(i));
   }
   if (adapters_) return;  // the embedding does not learn
   const std::int64_t e = table_.state_size, d = config_.hidden_size;
@@ -679,7 +681,7 @@ void Transformer::backward_body(Graph& g, const void* params, void* grads, const
 }
 
 void Transformer::backward_score(Graph& g, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
-                                 int threads, void (*poll)()) {
+                                 int threads, void (*poll)(), const Finished& finished) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; score the batch again for another one");
   require_whole_gradients();
   const void* params = weights.params;
@@ -714,13 +716,13 @@ void Transformer::backward_score(Graph& g, const Weights& weights, void* grads, 
   table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // a sequence's last token predicts nothing, others nothing wanted
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,
                 s.d_norm, s.dx, false, threads);
-  backward_body(g, params, grads, s, threads, poll);
+  backward_body(g, params, grads, s, threads, poll, finished);
   partial_ = false;
   g.memory_.reset();
 }
 
 void Transformer::backward_values(Graph& g, const Weights& weights, void* grads, const void* d_values, int threads,
-                                  void (*poll)()) {
+                                  void (*poll)(), const Finished& finished) {
   if (g.used_) throw ArgumentError("this graph's backward has already run; compute the values again for another one");
   require_whole_gradients();
   const void* params = weights.params;
@@ -744,7 +746,7 @@ void Transformer::backward_values(Graph& g, const Weights& weights, void* grads,
   table_.matmul(back, threads);
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, nullptr, n, g.mean_, g.rstd_, s.d_norm, s.dx, false,
                 threads);
-  backward_body(g, params, grads, s, threads, poll);
+  backward_body(g, params, grads, s, threads, poll, finished);
   partial_ = false;
   g.memory_.reset();
 }

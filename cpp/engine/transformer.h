@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -143,10 +144,14 @@ class Transformer {
   void generate_step(const GenerationRows& rows, const Weights& weights, const Packed& packed, int threads, void (*poll)(),
                      Draws& draws);
 
-  // Adds d loss / d (what learns) to grads. Once a graph; the weights must be those of the forward.
+  // Adds d loss / d (what learns) to grads. Once a graph; the weights must be those of the forward. finished, where there is
+  // one, is called with each block's index, the last block's first: of it and of all that lies behind it in grads this
+  // backward has written everything (or, where kernels run on by themselves, has launched it).
+  using Finished = std::function<void(std::int64_t block)>;
   void backward_score(Graph& graph, const Weights& weights, void* grads, const void* d_logprobs, const void* d_entropy,
-                      int threads, void (*poll)());
-  void backward_values(Graph& graph, const Weights& weights, void* grads, const void* d_values, int threads, void (*poll)());
+                      int threads, void (*poll)(), const Finished& finished = {});
+  void backward_values(Graph& graph, const Weights& weights, void* grads, const void* d_values, int threads, void (*poll)(),
+                       const Finished& finished = {});
 
   // Gradients count as zero from here on; the buffer itself is written when the first gradient arrives, or by finish_gradients.
   void forget_gradients();
@@ -170,7 +175,8 @@ class Transformer {
                      int threads) const;
   void backward_block(const Graph& g, std::size_t index, const void* params, void* grads, const BlockActivations& a,
                       const Stack& s, int threads);
-  void backward_body(Graph& graph, const void* params, void* grads, const Stack& s, int threads, void (*poll)());
+  void backward_body(Graph& graph, const void* params, void* grads, const Stack& s, int threads, void (*poll)(),
+                     const Finished& finished);
   std::shared_ptr<const RotaryCache> rotary(std::int64_t longest, int threads);
   Stack lay_out_stack(const Graph& graph, Plan& plan) const;
   void norm(const void* params, std::int64_t weight, std::int64_t bias, const void* x, const std::int32_t* gather,

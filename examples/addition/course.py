@@ -16,7 +16,7 @@ from addition.sums import sums
 from common.course import Course, CourseConfig
 from common.measures import MICRO_BATCH_TOKENS, openings, perplexity
 from common.model import smollm2
-from common.page import Column, Results, Sample
+from common.page import Measure, Results, Sample
 from common.plain import articles
 from common.stage import Figures, Stage, Taken, loop
 from tutelage import Model, files
@@ -262,7 +262,7 @@ class _Addition:
         files.make_folder(self._answers(name).parent)
         rows = [{**row, "said": text} for row, text in zip(questions, likeliest.texts, strict=True)]
         write_rows(self._answers(name), rows)
-        self.course.say(", ".join(f"{column.name} {column.written(figures[column.key])}" for column in COLUMNS))
+        self.course.say(", ".join(f"{measure.name} {measure.written(figures[measure.key])}" for measure in MEASURES))
         return figures
 
     # ---- the report
@@ -278,8 +278,8 @@ class _Addition:
         results = Results(
             title="A small model learns to add from being told whether it was right",
             opening=_OPENING if not self._config.quick else f"{_OPENING} This was a quick look: nothing here was learned well.",
-            columns=COLUMNS,
-            rows=rows,
+            measures=MEASURES,
+            models=rows,
             bars={name: {"right": figures["right"]} for name, figures in rows.items()},
             facts=(),
             samples=samples,
@@ -294,19 +294,23 @@ def _said(row: Mapping[str, str]) -> tuple[str, str]:
 
 _HERE = Path(__file__).resolve().parent
 
-COLUMNS = (
-    Column("right", "right", "held-out sums answered exactly right, the likeliest token each time", lambda x: f"{x:.1%}"),
-    Column("right_low", "at least", "the 95 % Wilson interval of it", lambda x: f"{x:.1%}"),
-    Column("right_high", "at most", "the same", lambda x: f"{x:.1%}"),
-    Column(
+MEASURES = (
+    Measure(
+        "right",
+        "right",
+        "held-out sums answered exactly right, the likeliest token each time, and the 95 % Wilson interval",
+        lambda x: f"{x:.1%}",
+        ("right_low", "right_high"),
+    ),
+    Measure(
         "right_at_random",
         "right, drawn",
         "the same sums, every token drawn at random as in training",
         lambda x: f"{x:.1%}",
     ),
-    Column("ended", "ended", "answers that came to their end", lambda x: f"{x:.1%}"),
-    Column("kl", "KL to sft", "how far the model has moved from where SFT left it, in nats an answer", lambda x: f"{x:.2f}"),
-    Column("perplexity", "perplexity", "of encyclopedia text: what is lost elsewhere", lambda x: f"{x:.2f}"),
+    Measure("ended", "ended", "answers that came to their end", lambda x: f"{x:.1%}"),
+    Measure("kl", "KL to sft", "how far the model has moved from where SFT left it, in nats an answer", lambda x: f"{x:.2f}"),
+    Measure("perplexity", "perplexity", "of encyclopedia text: what is lost elsewhere", lambda x: f"{x:.2f}"),
 )
 
 _OPENING = (

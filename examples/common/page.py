@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,18 +17,23 @@ from tutelage.school.report import document
 # The school's page colours two kinds of bars; these have other names.
 _STYLE = """svg .wins, svg .right { fill: var(--right); } svg .judged { fill: var(--kind); }
 .said { grid-template-columns: 6.5rem 1fr max-content; }
+pre span { white-space: nowrap; }
+td { vertical-align: top; } td:first-child { white-space: normal; min-width: 13rem; max-width: 20rem; }
+td small { display: block; color: var(--soft); } td:first-child small { text-wrap: pretty; }
 """
 
 
 @dataclass(frozen=True)
-class Column:
-    """A figure of the results."""
+class Measure:
+    """A figure of the results: a row, in which each model has its place."""
 
     key: str
     name: str
     told: str
     """What it says."""
     written: Callable[[float], str]
+    interval: tuple[str, str] | None = None
+    """Keys of the figures between which it lies with 95 %."""
 
 
 @dataclass(frozen=True)
@@ -45,43 +51,51 @@ class Results:
 
     title: str
     opening: str
-    columns: Sequence[Column]
-    rows: Mapping[str, Mapping[str, float | None]]
-    """By model; None: it has no such figure."""
+    measures: Sequence[Measure]
+    models: Mapping[str, Mapping[str, float | None]]
+    """Figures by model; None: it has no such figure."""
     bars: Mapping[str, Mapping[str, float]]
     """Fractions in 0 .. 1, by model."""
     facts: Sequence[str]
-    """Sentences with the figures that no column has, each beside what it is to be compared with."""
+    """Sentences with the figures that are in no table, each beside what it is to be compared with."""
     samples: Sequence[Sample]
     taken: Mapping[str, Taken]
 
 
-def _written(column: Column, value: float | None) -> str:
-    return "–" if value is None else column.written(value)
+def _written(measure: Measure, value: float | None) -> str:
+    return "–" if value is None else measure.written(value)
+
+
+def _interval(measure: Measure, figures: Mapping[str, float | None]) -> str:
+    if measure.interval is None:
+        return ""
+    low, high = (figures[key] for key in measure.interval)
+    return "" if low is None or high is None else f"{measure.written(low).rstrip('%')}–{measure.written(high).rstrip('%')}"
 
 
 def table(results: Results) -> Table:
-    """The figures, a row for each model."""
+    """A row for each figure and a column for each model, so that it fits on a narrow terminal."""
     shown = Table(title=results.title, title_justify="left")
     shown.add_column("")
-    for column in results.columns:
-        shown.add_column(column.name, justify="right")
-    for name, row in results.rows.items():
-        shown.add_row(name, *(_written(column, row.get(column.key)) for column in results.columns))
+    for name in results.models:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for measure in results.measures:
+        shown.add_row(measure.name, *(_written(measure, figures[measure.key]) for figures in results.models.values()))
+        if measure.interval is not None:
+            shown.add_row("  95 % interval", *(_interval(measure, figures) for figures in results.models.values()))
     return shown
 
 
 def page(results: Results) -> str:
     """HTML without anything from outside."""
     minutes = sum(taken.seconds for taken in results.taken.values()) / 60
-    head = "".join(f'<th scope="col">{html.escape(column.name)}</th>' for column in results.columns)
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in results.models)
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{_data(name, column, row.get(column.key))}</td>" for column in results.columns)
+        f"<tr><td>{html.escape(measure.name)}<small>{html.escape(measure.told)}</small></td>"
+        + "".join(f"<td>{_data(name, measure, figures)}</td>" for name, figures in results.models.items())
         + "</tr>\n"
-        for name, row in results.rows.items()
+        for measure in results.measures
     )
-    terms = "".join(f"<dt>{html.escape(column.name)}</dt><dd>{html.escape(column.told)}</dd>" for column in results.columns)
     facts = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in results.facts)
     drawn = f'<div class="card">{bars(results.bars)}</div>\n' if results.bars else ""
     stages = "".join(_stage(place, taken) for place, taken in enumerate(results.taken.values(), 1))
@@ -99,7 +113,6 @@ def page(results: Results) -> str:
 <tbody>
 {rows}</tbody>
 </table></div>
-<dl>{terms}</dl>
 {facts}</div>
 </section>
 {_samples(results.samples)}<section>
@@ -110,9 +123,12 @@ def page(results: Results) -> str:
     )
 
 
-def _data(name: str, column: Column, value: float | None) -> str:
-    shown = html.escape(_written(column, value))
-    return shown if value is None else f'<data id="{html.escape(name)}.{column.key}" value="{value!r}">{shown}</data>'
+def _data(name: str, measure: Measure, figures: Mapping[str, float | None]) -> str:
+    value, interval = figures[measure.key], html.escape(_interval(measure, figures))
+    shown = html.escape(_written(measure, value))
+    if value is not None:
+        shown = f'<data id="{html.escape(name)}.{measure.key}" value="{value!r}">{shown}</data>'
+    return f"{shown}<small>{interval}</small>" if interval else shown
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -131,10 +147,15 @@ def _samples(samples: Sequence[Sample]) -> str:
     return f"<section>\n<h2>What they say</h2>\n{cards}</section>\n"
 
 
+def _command(line: str) -> str:
+    """No line ends within the name of an option."""
+    return re.sub(r"--\w+", r"<span>\g<0></span>", html.escape(line))
+
+
 def _stage(place: int, taken: Taken) -> str:
     stage = taken.stage
     drawn = curve({"training": taken.curve}, stage.unit) if len(taken.curve) > 1 else ""
-    command = f"<pre>{html.escape(stage.command)}</pre>\n" if stage.command else ""
+    command = f"<pre>{_command(stage.command)}</pre>\n" if stage.command else ""
     return f"""<article class="card" id="stage-{html.escape(stage.name)}">
 <h3>{place}. {html.escape(stage.title)} <span class="soft">· {html.escape(stage.name)}, {taken.seconds:.0f} s</span></h3>
 <p>{html.escape(stage.told)}</p>

@@ -15,7 +15,7 @@ from typing import Any
 from common.course import Course, CourseConfig
 from common.measures import MICRO_BATCH_TOKENS, openings
 from common.model import smollm2
-from common.page import Column, Results, Sample
+from common.page import Measure, Results, Sample
 from common.plain import articles
 from common.stage import Figures, Stage, Taken, loop
 from common.statistics import Ridge, pair_accuracy, rater_agreement
@@ -416,7 +416,7 @@ class _Movies:
         files.make_folder(self._answers(name).parent)
         write_rows(self._answers(name), rows)
         figures |= wins(rows, read_rows(self._answers("sft")))
-        self.course.say(", ".join(f"{column.name} {column.written(figures[column.key])}" for column in COLUMNS))
+        self.course.say(", ".join(f"{measure.name} {measure.written(figures[measure.key])}" for measure in MEASURES))
         return figures
 
     # ---- the report
@@ -427,8 +427,8 @@ class _Movies:
         results = Results(
             title="A small model, steered towards what people rated as positive",
             opening=_OPENING if not self._config.quick else f"{_OPENING} This was a quick look: nothing here was learned well.",
-            columns=COLUMNS,
-            rows=rows,
+            measures=MEASURES,
+            models=rows,
             bars={name: {"wins": figures["win_rate"]} for name, figures in rows.items() if name not in ("base", "sft")},
             facts=_facts(taken["measured"].figures),
             samples=self._samples(),
@@ -452,34 +452,33 @@ def _ridge(texts: Sequence[Rated]) -> Ridge:
     return Ridge([rated.clean for rated in texts], [rated.mean for rated in texts])
 
 
-COLUMNS = (
-    Column(
+MEASURES = (
+    Measure(
         "reward",
         "reward",
         "mean of the reward model; 0 is that of the best rated texts that it learned from",
         lambda x: f"{x:+.2f}",
     ),
-    Column("judged", "judge's rating", "mean rating that the judge expects of people, −4 … +4", lambda x: f"{x:+.2f}"),
-    Column(
+    Measure("judged", "judge's rating", "mean rating that the judge expects of people, −4 … +4", lambda x: f"{x:+.2f}"),
+    Measure(
         "win_rate",
         "wins against sft",
-        "prompts where the judge finds the answer more positive than that of sft",
+        "prompts where the judge finds the answer more positive than that of sft, and the 95 % Wilson interval",
         lambda x: f"{x:.1%}",
+        ("win_rate_low", "win_rate_high"),
     ),
-    Column("win_rate_low", "at least", "the 95 % Wilson interval of the wins", lambda x: f"{x:.1%}"),
-    Column("win_rate_high", "at most", "the same", lambda x: f"{x:.1%}"),
-    Column("kl", "KL to sft", "how far the model has moved from where SFT left it, in nats an answer", lambda x: f"{x:.2f}"),
-    Column(
+    Measure("kl", "KL to sft", "how far the model has moved from where SFT left it, in nats an answer", lambda x: f"{x:.2f}"),
+    Measure(
         "length", "length", "tokens of an answer: a model that cheats may write longer or shorter ones", lambda x: f"{x:.1f}"
     ),
-    Column("ended", "ended", "answers that came to their end", lambda x: f"{x:.1%}"),
-    Column(
+    Measure("ended", "ended", "answers that came to their end", lambda x: f"{x:.1%}"),
+    Measure(
         "distinct2",
         "distinct-2",
         "different pairs of words among all in the answers: it falls when a model repeats itself",
         lambda x: f"{x:.3f}",
     ),
-    Column(
+    Measure(
         "perplexity",
         "perplexity",
         "of encyclopedia text that nothing learned from: what is lost elsewhere",

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.course import Course, CourseConfig
 from common.model import smollm2
-from common.page import Column, Results
+from common.page import Measure, Results
 from common.stage import Figures, Stage, Taken, loop
 from preferences.pairs import pairs
 from tutelage import Tokenizer, files, load_preferences
@@ -107,7 +107,7 @@ class _Preferences:
             Stage(
                 "pairs",
                 "Preference pairs",
-                f"Of 299 public pairs the first {self._sizes.pairs} whose answers have at most {self._sizes.longest} tokens "
+                f"Of 300 public pairs the first {self._sizes.pairs} whose answers have at most {self._sizes.longest} tokens "
                 "with their prompt. A model judged them, or nobody knows who.",
                 self._pairs,
             ),
@@ -154,8 +154,8 @@ class _Preferences:
         results = Results(
             title="DPO and ORPO on public preference pairs",
             opening="It shows that the format and the lengths work on a real model; 32 pairs teach nothing that carries over.",
-            columns=COLUMNS,
-            rows=rows,
+            measures=MEASURES,
+            models=rows,
             bars={},
             facts=(
                 "At the first step DPO's loss is log 2 = 0.693: nothing is learned yet, and the model is its own reference.",
@@ -166,8 +166,8 @@ class _Preferences:
         return self.course.conclude(results, dataclasses.asdict(self._sizes))
 
 
-COLUMNS = (
-    Column("first", "loss, first step", "before anything is learned", lambda x: f"{x:.3f}"),
-    Column("last", "loss, last step", "on other pairs, or the same ones again", lambda x: f"{x:.3f}"),
-    Column("seconds", "seconds", "of the stage", lambda x: f"{x:.0f}"),
+MEASURES = (
+    Measure("first", "loss, first step", "before anything is learned", lambda x: f"{x:.3f}"),
+    Measure("last", "loss, last step", "on other pairs, or the same ones again", lambda x: f"{x:.3f}"),
+    Measure("seconds", "seconds", "of the stage", lambda x: f"{x:.0f}"),
 )

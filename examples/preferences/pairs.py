@@ -12,7 +12,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def pairs(packages: Path) -> list[dict[str, Any]]:
-    """`{"prompt", "chosen", "rejected"}`, lists of messages each: 299 pairs from the source distribution of llamafactory 0.9.5.
+    """`{"prompt", "chosen", "rejected"}`, lists of messages each: 300 pairs from the source distribution of llamafactory 0.9.5.
 
     Judged by a model, or of mixed origin: no claim about what people prefer can rest on them. Raises as `fetch`, `read`
     and `parse`.

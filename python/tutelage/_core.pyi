@@ -1,5 +1,6 @@
 """tutelage's compiled core: cpp/bind. Tensors are lent to it through DLPack, never copied."""
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -103,9 +104,16 @@ class Transformer:
         d_logprobs: Tensor,
         d_entropy: Tensor,
         threads: int,
+        finished: Callable[[int], None] | None = None,
     ) -> None: ...
     def backward_values(
-        self, graph: Graph, weights: tuple[Tensor, Tensor | None], grads: Tensor, d_values: Tensor, threads: int
+        self,
+        graph: Graph,
+        weights: tuple[Tensor, Tensor | None],
+        grads: Tensor,
+        d_values: Tensor,
+        threads: int,
+        finished: Callable[[int], None] | None = None,
     ) -> None: ...
     def forget_gradients(self) -> None: ...
     def finish_gradients(self, grads: Tensor, threads: int) -> None: ...

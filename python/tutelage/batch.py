@@ -110,12 +110,14 @@ class PackedBatch:
         first, tokens = 0, 0
         for begin, length in zip(bounds, [*lengths, max_tokens + 1], strict=True):
             if tokens + length > max_tokens:
-                parts.append(self._slice(first, begin))
+                parts.append(self.part(range(first, begin)))
                 first, tokens = begin, 0
             tokens += length
         return parts
 
-    def _slice(self, first: int, last: int) -> PackedBatch:
+    def part(self, sequences: range) -> PackedBatch:
+        """A batch of consecutive sequences; views of this one's tensors."""
+        first, last = sequences.start, sequences.stop
         begin, end = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
         return PackedBatch(
             self.tokens[begin:end],

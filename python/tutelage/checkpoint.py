@@ -2,10 +2,14 @@
 
 A checkpoint folder holds `tensors.safetensors` (the safetensors format, which any tool of the field reads),
 `state.json` and `manifest.json`; each carries `format_version`. Equal states give equal files, byte for byte.
+
+Of several ranks each writes its part of the flat tensors into a file of its own, `tensors-00002-of-00004.safetensors`, and
+`state.json` says how they were cut. They are put together when they are read, so any number of ranks can go on.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -16,8 +20,10 @@ from typing import Any
 import torch
 
 from tutelage import files
+from tutelage.distributed import Ranks
 from tutelage.files import DISK, Buffer, CheckpointError, DamagedCheckpointError, Disk, FileRecord
 from tutelage.safetensors_io import DTYPES, METADATA, safetensors_chunks
+from tutelage.sharding import Layout
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -41,6 +47,8 @@ def save_checkpoint(
     *,
     keep: int = 2,
     disk: Disk = DISK,
+    ranks: Ranks | None = None,
+    shards: Mapping[str, tuple[Layout, torch.Tensor]] | None = None,
 ) -> Path:
     """Saves named tensors (any device) and a JSON state; returns the checkpoint's folder.
 
@@ -49,15 +57,35 @@ def save_checkpoint(
     json writes them. Extra memory: 16 MiB, or one tensor where one is not contiguous. The `keep` newest
     checkpoints stay; see `files.save_folder`. Raises TypeError naming what cannot be stored, before anything
     is written, and FileError.
+
+    ranks: that save together, all with equal tensors and state; the leading one writes those. shards: flat tensors of which
+    each rank writes its part, by name: how they are cut, and this rank's part.
     """
     check_json(state, "state")
-    content = {"format_version": files.FORMAT_VERSION, "step": step, "state": state}
-    document = json.dumps(content, indent=1, sort_keys=True).encode()
-    parts: dict[str, Iterable[Buffer]] = {
-        TENSORS: safetensors_chunks(tensors, {"format_version": str(files.FORMAT_VERSION)}),
-        STATE: [document],
-    }
-    return files.save_folder(run_folder, step, parts, keep, disk)
+    content: dict[str, Any] = {"format_version": files.FORMAT_VERSION, "step": step, "state": state}
+    metadata = {"format_version": str(files.FORMAT_VERSION)}
+    parts: dict[str, Iterable[Buffer]] = {}
+    if ranks is not None and shards:
+        content["shards"] = {
+            name: {
+                "size": layout.size,
+                "ranks": layout.ranks,
+                "buckets": [bucket.start for bucket in layout.buckets],
+                "chunk": layout.chunk,
+            }
+            for name, (layout, _) in shards.items()
+        }
+        own = {name: shard for name, (_, shard) in shards.items()}
+        parts[shard_name(ranks.rank, ranks.count)] = safetensors_chunks(own, metadata)
+    if ranks is None or ranks.leads:
+        parts[TENSORS] = safetensors_chunks(tensors, metadata)
+        parts[STATE] = [json.dumps(content, indent=1, sort_keys=True).encode()]
+    return files.save_folder(run_folder, step, parts, keep, disk, ranks)
+
+
+def shard_name(rank: int, count: int) -> str:
+    """The file of a rank, counted from 1 as everybody names parts of a model."""
+    return f"tensors-{rank + 1:05d}-of-{count:05d}.safetensors"
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -68,8 +96,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         records = files.read_manifest(folder)
-        step, state = _load_state(folder / STATE, records)
-        tensors = load_tensors(folder / TENSORS, records)
+        step, state, shards = _load_state(folder / STATE, records)
+        tensors = {**load_tensors(folder / TENSORS, records), **_load_shards(folder, records, shards)}
     except DamagedCheckpointError as damage:
         raise DamagedCheckpointError(f"{damage}; {_older_intact(folder)}") from damage
     return Checkpoint(folder, step, tensors, state)
@@ -97,7 +125,44 @@ def check_json(value: object, where: str) -> None:
         )
 
 
-def _load_state(path: Path, records: Mapping[str, FileRecord]) -> tuple[int, dict[str, Any]]:
+def _load_shards(folder: Path, records: Mapping[str, FileRecord], shards: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The flat tensors, whole; one rank's file is read after the other."""
+    layouts: dict[str, Layout] = {}
+    for name, entry in shards.items():
+        match entry:
+            case {"size": int(size), "ranks": int(ranks), "buckets": [0, *starts], "chunk": int(chunk)} if (
+                ranks > 0 and chunk > 0 and _ascend([0, *starts, size])
+            ):
+                cuts = itertools.pairwise([0, *starts, size])
+                layouts[name] = Layout(size, tuple(range(first, last) for first, last in cuts), ranks, chunk)
+            case _:
+                raise DamagedCheckpointError(f"{folder / STATE} is damaged: it does not say how {name!r} was cut")
+    if len({layout.ranks for layout in layouts.values()}) > 1:
+        raise DamagedCheckpointError(f"{folder / STATE} is damaged: its tensors were cut for different numbers of ranks")
+    whole: dict[str, torch.Tensor] = {}
+    count = next((layout.ranks for layout in layouts.values()), 0)
+    for rank in range(count):  # before memory is taken for what they should hold
+        _record(folder / shard_name(rank, count), records)
+    for rank in range(count):
+        path = folder / shard_name(rank, count)
+        parts = load_tensors(path, records)
+        for name, layout in layouts.items():
+            part, pieces = parts.get(name), layout.of(rank)
+            if part is None or part.shape != (sum(map(len, pieces)),):
+                raise DamagedCheckpointError(f"{path} is damaged: it does not hold its part of {name!r}")
+            flat = whole.setdefault(name, torch.empty(layout.size, dtype=part.dtype))
+            first = 0
+            for piece in pieces:
+                flat[piece.start : piece.stop] = part[first : first + len(piece)]
+                first += len(piece)
+    return whole
+
+
+def _ascend(starts: list[Any]) -> bool:
+    return all(type(start) is int for start in starts) and starts == sorted(starts)
+
+
+def _load_state(path: Path, records: Mapping[str, FileRecord]) -> tuple[int, dict[str, Any], dict[str, Any]]:
     content = bytearray(_record(path, records).size)
     files.read_checked(path, _record(path, records), memoryview(content))
     try:
@@ -108,7 +173,10 @@ def _load_state(path: Path, records: Mapping[str, FileRecord]) -> tuple[int, dic
         files.check_version(path, document.get("format_version"))
     match document:
         case {"step": int(step), "state": dict(state)}:
-            return step, state
+            shards = document.get("shards", {})
+            if isinstance(shards, dict):
+                return step, state, shards
+            raise DamagedCheckpointError(f"{path} is damaged: its shards are no object")
         case _:
             raise DamagedCheckpointError(f"{path} is damaged: it has no step and state")
 

@@ -29,6 +29,10 @@ class Command:
     function: str
     positional: tuple[str, ...] = ()
     """The options whose values may stand in front without their names; the last may have several."""
+    ranks: bool = False
+    """Whether several processes may run it together, started by torchrun."""
+    last: str = ""
+    """The option whose value may stand at the very end without its name."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -46,46 +50,55 @@ COMMANDS: Mapping[str, Command] = {
         "Train a language model on text; without --data on the text every machine has.",
         "tutelage.train.configs:PretrainConfig",
         "tutelage.train.pretrain:pretrain",
+        ranks=True,
     ),
     "sft": Command(
         "Teach a model by examples: prompts and the answers to give.",
         "tutelage.train.configs:SftConfig",
         "tutelage.train.sft:sft",
+        ranks=True,
     ),
     "reward": Command(
         "Teach a model to judge: answers of which one was preferred, or rankings of several.",
         "tutelage.train.configs:RewardConfig",
         "tutelage.train.reward:reward",
+        ranks=True,
     ),
     "dpo": Command(
         "Learn from pairs of answers which one is better (DPO, cDPO, IPO, SimPO, KTO).",
         "tutelage.train.configs:DpoConfig",
         "tutelage.train.dpo:dpo",
+        ranks=True,
     ),
     "orpo": Command(
         "Learn to answer and which answer is better at once, without a reference (ORPO).",
         "tutelage.train.configs:OrpoConfig",
         "tutelage.train.dpo:orpo",
+        ranks=True,
     ),
     "ppo": Command(
         "Learn from what a reward model or a function says of the model's own answers (PPO, PPO-ptx).",
         "tutelage.train.configs:PpoConfig",
         "tutelage.train.ppo:ppo",
+        ranks=True,
     ),
     "grpo": Command(
         "Learn which of several answers of its own to a prompt are better (GRPO, Dr. GRPO, RLOO).",
         "tutelage.train.configs:GrpoConfig",
         "tutelage.train.grpo:grpo",
+        ranks=True,
     ),
     "generate": Command(
         "Complete prompts with a model.",
         "tutelage.train.configs:GenerateConfig",
         "tutelage.train.generate:generate",
+        positional=("model",),
     ),
     "chat": Command(
         "Talk to a model.",
         "tutelage.train.configs:ChatConfig",
         "tutelage.train.chat:chat",
+        positional=("model",),
     ),
     "eval": Command(
         "Measure a model: bits per byte, accuracy, win rate, KL divergence.",
@@ -98,6 +111,18 @@ COMMANDS: Mapping[str, Command] = {
         "tutelage.train.configs:DataCheckConfig",
         "tutelage.train.data_check:data_check",
         positional=("data",),
+    ),
+    "label": Command(
+        "Let people judge answers: a local page to rank, compare, rate or write them.",
+        "tutelage.train.configs:LabelConfig",
+        "tutelage.train.label:label",
+    ),
+    "label export": Command(
+        "Write what people judged as rows that reward, dpo, ppo and sft read.",
+        "tutelage.train.configs:LabelExportConfig",
+        "tutelage.train.label:export",
+        positional=("feedback",),
+        last="output",
     ),
     "convert": Command(
         "Make a Hugging Face folder of a GGUF file, or a GGUF file of a folder.",
@@ -123,6 +148,11 @@ COMMANDS: Mapping[str, Command] = {
     "bench loops": Command(
         "Measure steps of sft, dpo and ppo part by part, and against TRL.",
         "tutelage.bench:LoopsConfig",
+        "tutelage.bench:run",
+    ),
+    "bench label": Command(
+        "Measure how long the labelling page lets people wait.",
+        "tutelage.bench:LabelConfig",
         "tutelage.bench:run",
     ),
     "doctor": Command(
@@ -152,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     below = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
-    if below and arguments[1:] in ([], ["-h"], ["--help"]):
+    if below and arguments[0] not in COMMANDS and arguments[1:] in ([], ["-h"], ["--help"]):
         print(_help(arguments[0]))
         return 0
     if arguments[0] == "--version":
@@ -167,6 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = parse(name, rest)  # before the import of what takes it: `--help` ends here
+        if not COMMANDS[name].ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+            others = ", ".join(other for other, entry in COMMANDS.items() if entry.ranks)
+            raise ValueError(
+                f"this command runs in one process, so start it without torchrun (WORLD_SIZE); these can: {others}"
+            )
         _imported(COMMANDS[name].function)(config)
 
     return run(name, command)
@@ -197,7 +232,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
     command = COMMANDS[name]
     config = _imported(command.config)
-    path, options = _split_config(_named(command.positional, arguments))
+    path, options = _split_config(_named(command, arguments))
     # The file's values go in front of the options as options of their own: one parser checks both, and the
     # last one wins.
     from_file = [] if path is None else _options_of(config, path)
@@ -209,13 +244,16 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     )
 
 
-def _named(positional: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The arguments with the names of those that stand in front."""
+def _named(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The arguments with the names of those that stand in front, and of the one at the very end."""
     named, rest = [], list(arguments)
-    for name in positional:
+    for name in command.positional:
         if not rest or rest[0].startswith("-"):
             break
         named += [f"--{name}", rest.pop(0)]
+    alone = len(rest) == 1 or (len(rest) > 1 and (not rest[-2].startswith("-") or "=" in rest[-2]))
+    if command.last and alone and not rest[-1].startswith("-"):
+        rest[-1:] = [f"--{command.last}", rest[-1]]
     return named + rest
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,50 +18,77 @@ from tutelage.data.tokenizer import Tokenizer
 from tutelage.model import Model
 from tutelage.rollouts import Rollouts
 
+Done = Callable[[int], None]
+"""Is told after each part how many of the sequences are finished."""
+Share = Callable[[PackedBatch, Callable[[PackedBatch], torch.Tensor]], torch.Tensor]
+"""(batch, function of a batch) -> what the function gives for it; where ranks share the work, each does a part of the batch."""
+
 # The normal distribution's 97.5 % quantile: 95 % lie between its two sides.
 _Z = 1.959963984540054
 
 
-def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int) -> float:
+def whole(batch: PackedBatch, compute: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:
+    """Nothing is shared."""
+    return compute(batch)
+
+
+def _told(parts: Iterable[PackedBatch], done: Done) -> Iterator[PackedBatch]:
+    finished = 0
+    for part in parts:
+        yield part
+        finished += len(part)
+        done(finished)
+
+
+def _from(before: int, done: Done) -> Done:
+    return lambda finished: done(before + finished)
+
+
+def _nobody(_: int) -> None:
+    pass
+
+
+def held_out_nats(model: Model, held_out: HeldOut, context: int, max_tokens: int, share: Share = whole) -> float:
     """Sum of −log p (natural logarithm) over every token of the documents, end tokens included.
 
     Documents longer than `context` tokens are read in consecutive windows, each of which starts fresh. At
     most `max_tokens` (≥ context) go through the model at once; neither that nor the number of threads changes
     a bit of the result.
     """
-    return _nats(model, pack(held_out.sequences(context)), max_tokens)
+    return _nats(model, pack(held_out.sequences(context)), max_tokens, share)
 
 
-def held_out_loss(model: Model, batch: PackedBatch, max_tokens: int) -> float:
+def held_out_loss(model: Model, batch: PackedBatch, max_tokens: int, share: Share = whole) -> float:
     """Mean of −log p (natural logarithm) over the masked tokens of the whole batch.
 
     At most `max_tokens` tokens go through the model at once; neither that nor the number of threads changes a
     bit of the result.
     """
-    return _nats(model, batch, max_tokens) / sum(batch.completion_counts)
+    return _nats(model, batch, max_tokens, share) / sum(batch.completion_counts)
 
 
-def _nats(model: Model, batch: PackedBatch, max_tokens: int) -> float:
-    sums: list[float] = []
-    with torch.no_grad():
-        for part in batch.split(max_tokens):
-            sums += part.sum(model.score(part, completion_only=True).logprobs).tolist()
-    return -math.fsum(sums)
+def _nats(model: Model, batch: PackedBatch, max_tokens: int, share: Share = whole, done: Done = _nobody) -> float:
+    def sums(own: PackedBatch) -> torch.Tensor:
+        with torch.no_grad():
+            parts = _told(own.split(max_tokens), done)
+            return torch.cat([part.sum(model.score(part, completion_only=True).logprobs) for part in parts])
+
+    return -math.fsum(share(batch, sums).tolist())
 
 
-def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch.Tensor:
+def sequence_rewards(model: Model, batch: PackedBatch, max_tokens: int, done: Done = _nobody) -> torch.Tensor:
     """The reward of each sequence, float32 [S]: the scalar head's value at its last token.
 
     At most `max_tokens` tokens, or the longest sequence, go through the model at once; neither that nor the number of
     threads changes a bit of the result.
     """
     with torch.no_grad():
-        return torch.cat([part.last(model.values(part)) for part in batch.split(max(max_tokens, *batch.lengths))])
+        return torch.cat([part.last(model.values(part)) for part in _told(batch.split(max(max_tokens, *batch.lengths)), done)])
 
 
-def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int) -> float:
+def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int, share: Share = whole) -> float:
     """Mean over the rollouts of the reward model's value at an answer's last token. As `sequence_rewards`."""
-    rewards = sequence_rewards(model, rollouts.pack(), max_tokens).tolist()
+    rewards = share(rollouts.pack(), lambda part: sequence_rewards(model, part, max_tokens)).tolist()
     return math.fsum(rewards) / len(rewards)
 
 
@@ -78,7 +105,14 @@ def load_reward_model(folder: str, tokenizer: Tokenizer, base: Model | None = No
     return model
 
 
-def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: int, max_tokens: int) -> dict[str, float]:
+def held_out_bits_per_byte(
+    model: Model,
+    sources: Iterable[HeldOut],
+    context: int,
+    max_tokens: int,
+    share: Share = whole,
+    done: Done = _nobody,
+) -> dict[str, float]:
     """Bits per UTF-8 byte on the held-out documents of each source, by name, and of all of them as "all".
 
     Empty where nothing is held out.
@@ -86,7 +120,11 @@ def held_out_bits_per_byte(model: Model, sources: Iterable[HeldOut], context: in
     sources = list(sources)
     if not sources:
         return {}
-    nats = [held_out_nats(model, source, context, max_tokens) for source in sources]
+    nats, before = [], 0
+    for source in sources:
+        batch = pack(source.sequences(context))
+        nats.append(_nats(model, batch, max_tokens, share, _from(before, done)))
+        before += len(batch)
     bits = {source.name: bits_per_byte(cost, source.bytes) for source, cost in zip(sources, nats, strict=True)}
     return {**bits, "all": bits_per_byte(math.fsum(nats), sum(source.bytes for source in sources))}
 
@@ -156,7 +194,9 @@ class Divergence:
     tokens: int
 
 
-def kl_divergence(rollouts: Rollouts, reference: Model, temperature: float, max_tokens: int) -> Divergence:
+def kl_divergence(
+    rollouts: Rollouts, reference: Model, temperature: float, max_tokens: int, done: Done = _nobody
+) -> Divergence:
     """How far the model that sampled `rollouts`, at `temperature` and with nothing cut off, is from `reference`.
 
     Both distributions are those at `temperature`. At most `max_tokens` tokens, or the longest sequence, go through the
@@ -166,7 +206,7 @@ def kl_divergence(rollouts: Rollouts, reference: Model, temperature: float, max_
     counts = batch.completion_counts
     sums: list[float] = []
     with torch.no_grad():
-        for part in batch.split(max(max_tokens, *batch.lengths)):
+        for part in _told(batch.split(max(max_tokens, *batch.lengths)), done):
             assert part.logprobs is not None  # a rollout has them
             known = reference.score(part, temperature, completion_only=True).logprobs
             sums += part.sum(part.logprobs.double() - known.double()).tolist()

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
 
@@ -441,31 +441,112 @@ def _order(checkpoint: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 0)
 
 
-def save_folder(run_folder: Path, step: int, files: Mapping[str, Iterable[Buffer]], keep: int = 2, disk: Disk = DISK) -> Path:
+class Crew(Protocol):
+    """Processes that write one folder together; `tutelage.distributed.Ranks` is one."""
+
+    rank: int
+    count: int
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What every process gave, a JSON value, in their order; the first one leads."""
+
+
+def save_folder(
+    run_folder: Path,
+    step: int,
+    files: Mapping[str, Iterable[Buffer]],
+    keep: int = 2,
+    disk: Disk = DISK,
+    crew: Crew | None = None,
+) -> Path:
     """Saves the files of a checkpoint at `step` (≥ 0) and returns its folder; the `keep` newest stay.
 
     Checkpoints of later steps are removed too: they belong to a course of the run that was left by resuming
     from an earlier one, and `newest_complete` must not go back to it. Raises FileError that names the
     newest complete checkpoint; none is touched before the new one is durable.
+
+    crew: the processes that each write files of their own into the folder; the first one writes the one manifest
+    when all files are durable. Where one of them fails all give up, naming it, and nothing of the save stays.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"a checkpoint needs step >= 0 and keep >= 1, not step={step}, keep={keep}")
-    folder = run_folder / CHECKPOINTS
     try:
-        make_folder(folder, disk)
-        _remove_leftovers(folder, disk)
-        target = folder / f"step-{step:08d}"
-        repetition = 0
-        while os.path.lexists(target):
-            repetition += 1
-            target = folder / f"step-{step:08d}-{repetition}"
-        write_folder(target, files, disk)
-        _prune(run_folder, target, keep, disk)
+        if crew is None or crew.count == 1:
+            target = _new_target(run_folder / CHECKPOINTS, step, disk)
+            write_folder(target, files, disk)
+            _prune(run_folder, target, keep, disk)
+        else:
+            target = _save_together(run_folder, step, files, keep, disk, crew)
     except FileError as problem:
         newest = newest_complete(run_folder)
         still = f"the newest complete checkpoint is {newest}" if newest else "no checkpoint is complete yet"
         raise FileError(f"saving step {step} failed: {problem}; {still}", problem.errno) from problem
     return target
+
+
+def _new_target(folder: Path, step: int, disk: Disk) -> Path:
+    make_folder(folder, disk)
+    _remove_leftovers(folder, disk)
+    target = folder / f"step-{step:08d}"
+    repetition = 0
+    while os.path.lexists(target):
+        repetition += 1
+        target = folder / f"step-{step:08d}-{repetition}"
+    return target
+
+
+def _save_together(
+    run_folder: Path, step: int, files: Mapping[str, Iterable[Buffer]], keep: int, disk: Disk, crew: Crew
+) -> Path:
+    """The order of `write_folder`, each part of it begun when all processes have done the one before."""
+    leads = crew.rank == 0
+    targets: list[Path] = []
+
+    def temporary() -> Path:
+        return targets[0].with_name(TEMPORARY + targets[0].name)
+
+    def begin() -> str:
+        targets.append(_new_target(run_folder / CHECKPOINTS, step, disk))
+        disk.mkdir(temporary())
+        return targets[0].name
+
+    def write() -> dict[str, Any]:
+        records = {name: write_file(temporary() / name, chunks, disk) for name, chunks in files.items()}
+        return {name: {"size": record.size, "sha256": record.sha256} for name, record in records.items()}
+
+    def end() -> None:
+        listing = {name: record for written in records for name, record in written.items()}
+        manifest = json.dumps({"format_version": FORMAT_VERSION, "files": listing}, indent=1)
+        write_file(temporary() / MANIFEST, [manifest.encode()], disk)
+        disk.fsync(temporary())
+        disk.rename(temporary(), targets[0])
+        disk.fsync(targets[0].parent)
+        _prune(run_folder, targets[0], keep, disk)
+
+    try:
+        name = _all_do(crew, begin if leads else None)[0]
+        targets[:] = [run_folder / CHECKPOINTS / name]
+        records = _all_do(crew, write)
+        _all_do(crew, end if leads else None)
+    except FileError:
+        if leads and targets:
+            _remove_if_possible(temporary(), disk)
+        raise
+    return targets[0]
+
+
+def _all_do(crew: Crew, work: Callable[[], Any] | None) -> list[Any]:
+    """What the work of each process came to (None: it has none to do). Raises FileError in all where it fails in one."""
+    problem: FileError | None = None
+    try:
+        own = {"done": work() if work else None}
+    except FileError as error:
+        own, problem = {"failed": str(error), "errno": error.errno}, error
+    told = crew.exchange(own)
+    for rank, other in enumerate(told):
+        if "failed" in other:
+            raise FileError(f"rank {rank}: {other['failed']}", other["errno"]) from problem
+    return [other["done"] for other in told]
 
 
 def _remove_leftovers(folder: Path, disk: Disk) -> None:
@@ -505,20 +586,35 @@ def discard(paths: list[Path], disk: Disk) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, disk: Disk = DISK) -> Iterator[None]:
-    """Holds the lock of a folder, which must exist; raises RunFolderError naming the owner's pid and host.
+    """Holds the lock of a folder, which must exist; raises RunFolderError naming the owner's pid and host."""
+    with _lock(folder, folder / LOCK, folder / LOCK_GUARD, disk):
+        yield
 
-    The guard, a second lock held for microseconds, makes taking the lock and writing the owner's record one
+
+@contextmanager
+def lock_file(path: Path, disk: Disk = DISK) -> Iterator[None]:
+    """Holds the lock of a file, which need not exist; raises RunFolderError naming the owner's pid and host.
+
+    The lock lies beside the file, in hidden ones, so that neither replacing the file nor another lock on it matters.
+    """
+    with _lock(path, path.with_name(f".{path.name}{LOCK}"), path.with_name(f".{path.name}{LOCK_GUARD}"), disk):
+        yield
+
+
+@contextmanager
+def _lock(what: Path, lock: Path, guard_file: Path, disk: Disk) -> Iterator[None]:
+    """The guard, a second lock held for microseconds, makes taking the lock and writing the owner's record one
     step: who finds the lock taken never reads the record of an earlier owner. The kernel frees both when a
     process dies, and with it every child that was forked while the lock was held.
     """
-    guard = disk.lock(folder / LOCK_GUARD, wait=True)
+    guard = disk.lock(guard_file, wait=True)
     try:
-        held = disk.lock(folder / LOCK, wait=False)
+        held = disk.lock(lock, wait=False)
         if held is None:
-            raise RunFolderError(f"{folder} is in use by {_owner(folder / LOCK)}: wait for it to end, or stop it")
+            raise RunFolderError(f"{what} is in use by {_owner(lock)}: wait for it to end, or stop it")
         try:
             owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-            disk.write(folder / LOCK, held, owner.encode().ljust(_LOCK_BYTES), 0)
+            disk.write(lock, held, owner.encode().ljust(_LOCK_BYTES), 0)
         except BaseException:
             os.close(held)
             raise

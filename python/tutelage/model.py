@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from tutelage.lora import LoraConfig, modules_of
 from tutelage.rollouts import PREFILL_CHUNK, Generation, GenerationSettings, Rollouts, StreamedToken
 
 _SCORE = "score.weight"
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.([0-9]+)\.")
 
 LOGITS_BUDGET = 256 * 2**20
 """Bytes of logits kept between forward and backward; more are computed again, a block of tokens at a time."""
@@ -131,6 +134,9 @@ class Model:
         self._packed: tuple[int, _core.PackedWeights] | None = None
         self._grads: Tensor | None = None
         self._grads_seen = False
+        self.graphs = 0
+        """How many forwards have been kept for a backward, ever."""
+        self._told: Callable[[int], None] | None = None
         # What autograd hangs our graphs on: the parameters themselves are leaves that the engine, not autograd, adds to.
         self._anchor = torch.zeros((), dtype=dtype, requires_grad=True)
 
@@ -213,6 +219,7 @@ class Model:
         prefill_chunk: int = PREFILL_CHUNK,
         kv_cache_bytes: int | None = None,
         share_prefixes: bool = True,
+        first_sample: int | Sequence[int] = 0,
     ) -> Rollouts:
         """Completions of every prompt, with the log-probs that :meth:`score` gives them, bit for bit.
 
@@ -226,6 +233,8 @@ class Model:
             stop_token_ids: end a row (None: the model's eos ids). The token is part of the row.
             stop_strings: end a row when its text holds one of them, across tokens and inside characters.
             seed: of the noise; one number or one a prompt. Equal prompts in one call are further samples: they differ.
+            first_sample: the number of a prompt's first sample, one number or one a prompt; those after it are numbered on. So
+                calls that each draw a part of the samples give what one call would have given.
             prefill_chunk: tokens of prompts in one step. kv_cache_bytes: for keys and values (None: half of the free
                 memory). share_prefixes: compute common beginnings once. None of these changes a bit.
 
@@ -249,6 +258,7 @@ class Model:
                 prefill_chunk,
                 kv_cache_bytes,
                 share_prefixes,
+                first_sample,
             ),
         )
         while generation.step():
@@ -362,6 +372,34 @@ class Model:
         """(name, view into ``grads``)."""
         grads = self.grads
         return ((name, self._view(grads, name)) for name in self._places)
+
+    def block_starts(self) -> dict[int, int]:
+        """Where in ``params`` the parameters of each block begin, by the block's number; of an adapter not all have some."""
+        starts: dict[int, int] = {}
+        for name, (offset, _) in self._places.items():
+            found = _BLOCK.search(name)
+            if found:
+                starts.setdefault(int(found[1]), offset)
+        return starts
+
+    @contextmanager
+    def telling(self, ready: Callable[[int], None]) -> Iterator[None]:
+        """Within a ``with`` that runs one backward: ``ready(offset)`` is called when ``grads`` are finished from there on.
+
+        It is called after each block, the last one first, with what the chain of earlier backwards has left in ``grads``. A
+        backward finishes what lies before the first block, and the two parts of a tied embedding, only at its end.
+        """
+        starts = self.block_starts()
+
+        def finished(block: int) -> None:
+            if block in starts:
+                ready(starts[block])
+
+        self._told = finished
+        try:
+            yield
+        finally:
+            self._told = None
 
     def decay_mask(self) -> Tensor:
         """bool, as ``params``: True where weight decay applies (matrices; not norms and biases)."""
@@ -726,6 +764,7 @@ class _Score(torch.autograd.Function):
             torch.get_num_threads(),
         )
         ctx.model, ctx.versions = model, model._versions()
+        model.graphs += keep
         return logprobs.to(batch.tokens.device), entropy.to(batch.tokens.device)
 
     @staticmethod
@@ -734,7 +773,7 @@ class _Score(torch.autograd.Function):
         d_logprobs, d_entropy = (gradient.to(model.device).contiguous() for gradient in gradients)
         _check_unchanged(model, ctx.versions)
         model._engine.backward_score(
-            ctx.graph, ctx.weights, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads()
+            ctx.graph, ctx.weights, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads(), model._told
         )
         return None, None, None, None, None, None
 
@@ -754,6 +793,7 @@ class _Values(torch.autograd.Function):
             torch.get_num_threads(),
         )
         ctx.model, ctx.versions = model, model._versions()
+        model.graphs += keep
         return values.to(batch.tokens.device)
 
     @staticmethod
@@ -767,5 +807,6 @@ class _Values(torch.autograd.Function):
             model._grad_buffer(),
             d_values.to(model.device).contiguous(),
             torch.get_num_threads(),
+            model._told,
         )
         return None, None, None, None

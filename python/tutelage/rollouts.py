@@ -127,6 +127,7 @@ class GenerationSettings:
     prefill_chunk: int = PREFILL_CHUNK
     kv_cache_bytes: int | None = None
     share_prefixes: bool = True
+    first_sample: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
         if self.samples_per_prompt < 1:
@@ -159,6 +160,7 @@ class Generation:
         ids = [_ids(model, row, prompt) for row, prompt in enumerate(prompts)]
         limits = _per_prompt("max_new_tokens", settings.max_new_tokens, len(ids), least=1)
         seeds = _per_prompt("seed", settings.seed, len(ids), least=0)
+        firsts = _per_prompt("first_sample", settings.first_sample, len(ids), least=0)
         stop_ids = list(model.eos_token_ids if settings.stop_token_ids is None else settings.stop_token_ids)
         for number in stop_ids:
             if not 0 <= number < model.config.vocab_size:
@@ -179,7 +181,7 @@ class Generation:
         self._prompts = [torch.tensor(prompt, dtype=torch.int32) for prompt in ids for _ in range(settings.samples_per_prompt)]
         self._generator = model._engine.generator(model._weights(), *model._streams(), options, spelling)
         before: Counter[tuple[int, tuple[int, ...]]] = Counter()  # equal prompts are further samples of one prompt
-        for prompt, limit, seed in zip(ids, limits, seeds, strict=True):
+        for prompt, limit, seed, first in zip(ids, limits, seeds, firsts, strict=True):
             same = (seed, tuple(prompt))
             for _ in range(settings.samples_per_prompt):
                 self._generator.add(
@@ -190,7 +192,7 @@ class Generation:
                     settings.top_p,
                     settings.min_p,
                     seed,
-                    before[same],
+                    first + before[same],
                     stop_ids,
                     stop_bytes,
                 )

@@ -11,6 +11,8 @@ import torch
 
 from tutelage import cli
 from tutelage.data.packing import Cursor
+from tutelage.feedback.state import State
+from tutelage.feedback.store import Store
 from tutelage.files import Disk, Operation
 from tutelage.school import course
 from tutelage.school.stages import SchoolConfig
@@ -20,7 +22,17 @@ from tutelage.train import ppo as policy
 from tutelage.train import pretrain as pretraining
 from tutelage.train import reward as reward_modelling
 from tutelage.train import sft as fine_tuning
-from tutelage.train.configs import DpoConfig, GrpoConfig, OrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from tutelage.train.configs import (
+    DpoConfig,
+    GrpoConfig,
+    LabelConfig,
+    OrpoConfig,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+)
+from tutelage.train.label import label
 
 # Of each loop: its module, its function and its config.
 LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
@@ -100,3 +112,47 @@ def command(
     torch.set_num_threads(1)
     fault = counting(point, number, name, times)
     return cli.run(loop, lambda: LOOPS[loop][1](_config(config, loop), fault=fault))
+
+
+def serve(config: dict[str, Any], point: int = 0, name: str = "", without: str = "") -> int:
+    """`tutelage label` as the command line runs it, killed at its point-th named point of storing (of `name`).
+
+    without: switches a protection off that the kill tests are about: "commit" (what is confirmed is stored later) or
+    "identity" (a submission that was taken is not known again).
+    """
+    torch.set_num_threads(1)
+    if without == "commit":
+        whole, waiting = Store.add, list[Any]()
+
+        def later(self: Store, kind: Any, *arguments: Any, **named: Any) -> Any:
+            before = self._connection
+            waiting.append((kind, arguments, named))
+            if len(waiting) % 7 == 0:
+                return whole(self, kind, *arguments, **named)
+            self._connection = _Nowhere()  # type: ignore[assignment]
+            try:
+                return whole(self, kind, *arguments, **named)
+            finally:
+                self._connection = before
+
+        Store.add = later  # type: ignore[method-assign]
+    elif without == "identity":
+        applied = State.apply
+
+        def forgetting(self: State, event: Any) -> None:
+            applied(self, event)
+            self.submissions.clear()
+
+        State.apply = forgetting  # type: ignore[method-assign]
+    fault = counting(point, signal.SIGKILL, name)
+    return cli.run("label", lambda: label(LabelConfig(browser=False, **config), fault=fault))
+
+
+class _Nowhere:
+    """A connection that takes everything and keeps nothing."""
+
+    lastrowid = 1
+    in_transaction = False
+
+    def execute(self, *_: Any) -> Any:
+        return self

@@ -753,3 +753,32 @@ def test_a_report_of_a_gpu_that_is_not_there_says_why(
         run(KernelsConfig(device="cuda"))
     with pytest.raises(ValueError, match="there is no kernel 'sofa' to measure; there are matmul"):
         run(KernelsConfig(device="cuda-sim", only=("sofa",)))
+
+
+def test_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from tutelage.bench import label
+
+    monkeypatch.setattr(label, "SMOLLM2_135M", ModelConfig(64, 16, 32, 1, 2))
+    output = tmp_path / "label.json"
+    found = bench.run(bench.LabelConfig(items=40, rounds=5, folder=tmp_path, json=output))
+    assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    assert [*found["milliseconds"]] == [
+        "open the file",
+        "the page",
+        "the session",
+        "answer to next item",
+        "answer to next item: 4 KiB synced",
+        "the same while generating",
+        "the same while generating: 4 KiB synced",
+        "first paint (Chromium)",
+        "key pressed to next item on the screen (Chromium)",
+    ]
+    for times in found["milliseconds"].values():
+        assert 0 < times["low"] <= times["median"] <= times["p95"] <= times["high"]
+    assert [path.name for path in tmp_path.iterdir()] == ["label.json"]
+    monkeypatch.setattr(label, "_BROWSERS", ())
+    fewer = bench.run(bench.LabelConfig(items=40, rounds=5, folder=tmp_path))
+    assert [*fewer["milliseconds"]] == [*found["milliseconds"]][:-2]
+    assert "no browser is measured: that takes `pip install playwright` and a Chromium" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there must be more than 15 items for 5 rounds, but items is 15"):
+        bench.run(bench.LabelConfig(items=15, rounds=5))

@@ -149,6 +149,19 @@ def test_templates_that_cannot_be(template: str | None, config: dict[str, Any], 
 def test_a_template_that_is_no_utf8() -> None:
     with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja: no UTF-8 at byte 0"):
         ChatTemplate.from_files({"chat_template.jinja": b"\xff"}, ())
+    with pytest.raises(ChatTemplateError, match=r"additional_chat_templates/tool_use\.jinja: no UTF-8 at byte 1"):
+        ChatTemplate.from_files({"additional_chat_templates/tool_use.jinja": b"a\xff", "chat_template.jinja": b"a"}, ())
+
+
+def test_named_templates_that_cannot_be() -> None:
+    named = "additional_chat_templates/tool_use.jinja"
+    message = r"additional_chat_templates/tool_use\.jinja: there is no template named 'default' \(there are: tool_use\)"
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate.from_files(
+            {named: b"x", "tokenizer_config.json": b'{"chat_template": "not asked, as in transformers"}'}, ()
+        )
+    with pytest.raises(ChatTemplateError, match=r"additional_chat_templates/tool_use\.jinja: it is no template: line 1"):
+        ChatTemplate.from_files({named: b"{% if %}", "chat_template.jinja": b"x"}, ())
 
 
 def test_without_a_template_there_is_advice() -> None:

@@ -111,6 +111,12 @@ def test_a_value_of_the_wrong_type_is_refused_from_yaml_as_from_a_flag(
         assert "--max_steps" in error and "many" in error
 
 
+def test_the_model_may_stand_in_front() -> None:
+    for command in ("chat", "generate"):
+        assert parse(command, ["folder/", "--seed", "3"]) == parse(command, ["--seed", "3", "--model", "folder/"])
+    assert parse("eval", ["kl", "--model", "m", "--against", "n"]).measure == "kl"
+
+
 def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["pretrain", "--lerning_rate", "1"])
@@ -334,3 +340,17 @@ def test_a_model_without_a_tokenizer_cannot_read_text(
     model.save_pretrained(tmp_path)
     assert main(["generate", "--model", str(tmp_path), "--prompt", "one"]) == 2
     assert "holds no tokenizer.json, so text cannot become tokens" in capsys.readouterr().err
+
+
+def test_what_runs_in_one_process_is_not_started_by_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["generate", "--model", "m", "--prompt", "one"]) == 2
+    assert (
+        "this command runs in one process, so start it without torchrun (WORLD_SIZE); these can: pretrain, sft, reward, dpo"
+        in (capsys.readouterr().err)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["generate", "--model", "m", "--prompt", "one"]) == 2
+    assert "torchrun" not in capsys.readouterr().err

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,10 @@ import transformers
 import tutelage as tl
 from gguf_for_tests import MODELS, TEXTS, library_file, logprobs, save, tiny
 from tutelage import files
-from tutelage.bench import llama_cpp
+from tutelage.bench import llama_cpp, memory
 from tutelage.cli import main
 from tutelage.data.tokenizer import Tokenizer
-from tutelage.hub import gguf_file
+from tutelage.hub import gguf_file, weights
 from tutelage.hub.hugging_face import CONFIG, WEIGHTS, read_eos_token_ids, write_folder
 from tutelage.train.configs import ConvertConfig
 from tutelage.train.convert import convert
@@ -147,8 +152,11 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
             run(source, target, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "special_tokens_map.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()  # a model's folder may have this one
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
     run(tmp_path / "m.gguf", folder, overwrite=True)
-    assert not (folder / "special_tokens_map.json").exists() and (folder / WEIGHTS).read_bytes() == before[WEIGHTS]
+    assert not (folder / "special_tokens_map.json").exists() and not (folder / "additional_chat_templates").exists()
+    assert (folder / WEIGHTS).read_bytes() == before[WEIGHTS]
     run(folder, tmp_path / "m.gguf", overwrite=True)
     (tmp_path / "empty").mkdir()
     run(tmp_path / "m.gguf", tmp_path / "empty")
@@ -220,6 +228,59 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "there is no target" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, yarn", "qwen2", "qwen3", "gpt2"])
+def test_chat_eval_and_generate_on_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(save(tiny(name), tmp_path / "folder"), tmp_path / "m.gguf")
+    run(tmp_path / "m.gguf", tmp_path / "again")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\n/save {tmp_path / 'said.jsonl'}\n/quit\n"))
+    assert main(["chat", str(tmp_path / "again"), "--max_new_tokens", "6", "--temperature", "0"]) == 0
+    model = tl.Model.from_pretrained(tmp_path / "folder")
+    assert model.tokenizer is not None
+    prompt = model.tokenizer.chat_ids([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    said = model.generate([prompt], 6, temperature=0, stop_token_ids=[0, 3]).texts
+    assert said is not None
+    assert json.loads((tmp_path / "said.jsonl").read_text())["messages"][-1] == {"role": "assistant", "content": said[0]}
+    figures = str(tmp_path / "figures.json")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "hello", "completion": "x"}) + "\n")
+    options = ["--model", str(tmp_path / "again"), "--data", str(tmp_path / "rows.jsonl"), "--json", figures]
+    assert main(["eval", "accuracy", *options, "--max_new_tokens", "4"]) == 0
+    assert json.loads(Path(figures).read_text())["count"] == 1
+    assert main(["generate", str(tmp_path / "again"), "--prompt", "hello", "--max_new_tokens", "4", "--json", figures]) == 0
+    assert json.loads(Path(figures).read_text())["rows"] == 1
+
+
+WATCHED = """
+import collections, pickle, sys
+from tutelage.cli import main
+folder, work = sys.argv[1:]
+open(f"{work}/rows.jsonl", "w").write('{"prompt": "hello", "completion": " world"}\\n' * 4)
+data = ["--data", f"{work}/rows.jsonl"]
+commands = [
+    ["convert", folder, f"{work}/m.gguf", "--dtype", "q8_0"],
+    ["convert", f"{work}/m.gguf", f"{work}/again"],
+    ["sft", "--model", f"{work}/again", *data, "--output_dir", f"{work}/sft", "--batch_size", "2", "--lora_rank", "2"],
+    ["eval", "accuracy", "--model", f"{work}/sft/model", *data, "--max_new_tokens", "3"],
+    ["generate", f"{work}/sft/model", "--prompt", "hello", "--max_new_tokens", "3"],
+    ["chat", f"{work}/sft/model", "--max_new_tokens", "3"],
+]
+watched = []
+sys.addaudithook(lambda event, arguments: watched.append(arguments) if event == "pickle.find_class" else None)
+for command in commands:
+    assert main(command) == 0, command
+assert watched == [], watched
+pickle.loads(pickle.dumps(collections.OrderedDict()))
+assert watched == [("collections", "OrderedDict")], "the hook sees nothing"
+"""
+
+
+def test_no_command_unpickles_anything(tmp_path: Path) -> None:
+    folder = save(tiny("llama"), tmp_path / "folder")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", WATCHED, str(folder), str(tmp_path)]
+    done = subprocess.run(command, env=environment, input="hello\n/quit\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 if llama_cpp.installed():  # a peer: compiled on demand, extra [bench-llama]
 
     @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2, untied"])
@@ -243,3 +304,39 @@ if llama_cpp.installed():  # a peer: compiled on demand, extra [bench-llama]
             logits = torch.stack([peer.logits(place, model.config.vocab_size) for place in range(59)])
         theirs = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
         assert (theirs - logprobs(model)[1:]).abs().max() < 2e-2
+
+
+def converting(source: str, target: str, mapped_at_once: int) -> Any:
+    weights._MAPPED_AT_ONCE = mapped_at_once  # in the process that is measured
+
+    def quietly() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            run(Path(source), Path(target))
+
+    return quietly
+
+
+@pytest.mark.slow
+def test_less_memory_than_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both directions; and not because the pages of a mapped file would not be counted."""
+    config = tl.ModelConfig(
+        vocab_size=337, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        max_position_embeddings=96,
+    )  # fmt: skip
+    model = tl.Model(config, seed=0)
+    model.tokenizer = tiny("llama").tokenizer
+    folder = str(save(model, tmp_path / "folder"))
+    size = 4 * model.params.numel()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(converting, "__module__", "test_convert")
+
+    def peak(source: str, target: str, mapped_at_once: int = weights._MAPPED_AT_ONCE) -> int:
+        return memory.peak_bytes(converting, source, str(tmp_path / target), mapped_at_once, threads=1)
+
+    bound = weights._MAPPED_AT_ONCE + (48 << 20)
+    assert bound < 0.65 * size
+    assert peak(folder, "m.gguf") < bound
+    assert peak(str(tmp_path / "m.gguf"), "again") < bound
+    assert peak(folder, "control.gguf", size) > size
+    for name in ("m.gguf", "again", "control.gguf"):
+        files.remove(tmp_path / name)

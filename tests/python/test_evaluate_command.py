@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,53 @@ def test_models_that_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
 
 def test_the_measure_stands_in_front() -> None:
     assert parse("eval", ["bits_per_byte", "--data", "a"]) == EvalConfig("bits_per_byte", data=("a",))
+
+
+@pytest.mark.parametrize(
+    ("measure", "bars"),
+    [
+        ("bits_per_byte", ["pieces of text"]),
+        ("accuracy", ["answers"]),
+        ("kl", ["answers", "answers read by the other model"]),
+        ("reward", ["answers", "rewards"]),
+        ("win_rate", ["answers", "rewards"]),
+        ("reward_accuracy", ["rewards"]),
+    ],
+)
+def test_a_bar_on_a_terminal_and_nowhere_else(
+    measure: str,
+    bars: list[str],
+    folder: Path,
+    other: Path,
+    judge: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answers = [" yes", " no", " so"]
+    row = {"prompt": "hello", "completion": "x", "responses": answers, "ranking": [[0], [1], [2]]}
+    fields = ("prompt", "responses", "ranking") if measure == "reward_accuracy" else ("prompt", "completion")
+    rows = write(tmp_path / "rows.jsonl", *2 * [{name: row[name] for name in fields}])
+    if measure == "bits_per_byte":
+        rows = write(tmp_path / "rows.jsonl", {"text": "hello world"}, {"text": "one more " * 40})
+    config = EvalConfig(
+        measure,  # type: ignore[arg-type]
+        str(judge if measure == "reward_accuracy" else folder),
+        (str(rows),),
+        str(other) if measure in ("kl", "win_rate") else None,
+        reward_model=str(judge) if measure in ("reward", "win_rate") else None,
+        max_new_tokens=4,
+        micro_batch_tokens=96,
+    )
+    figures = evaluate(config)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    assert evaluate(config) == figures
+    shown = capsys.readouterr()
+    for name in bars:
+        assert name in shown.err and name not in shown.out
+    states = re.findall(r"(\d+)/(\d+)", shown.err)
+    totals = {total for _, total in states}
+    assert totals and {(total, total) for total in totals} <= set(states)  # every bar came to its end
+    assert all(int(done) <= int(total) for done, total in states)

@@ -579,6 +579,9 @@ def test_chat_templates_come_back(tmp_path: Path) -> None:
     both = {**plain.contents, "tokenizer_config.json": json.dumps({**config, "chat_template": named}).encode()}
     again, _ = there_and_back(tmp_path, Tokenizer.from_contents(both, "test"))
     assert json.loads(again.contents["tokenizer_config.json"])["chat_template"] == named
+    both = {**plain.contents, "chat_template.jinja": b"a {{ x }}\n", "additional_chat_templates/tool_use.jinja": b"b"}
+    again, _ = there_and_back(tmp_path, Tokenizer.from_contents(both, "test"))
+    assert json.loads(again.contents["tokenizer_config.json"])["chat_template"] == named
     again, _ = there_and_back(tmp_path, plain)
     assert again.chat_template is None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models_for_tests import (
+    EVERY,
     KINDS,
     backward,
     batch_for,
@@ -229,6 +230,42 @@ def test_two_backwards_add(kind: str) -> None:
     for batch in batches:
         backward(model, batch)
     torch.testing.assert_close(model.grads, separate[0] + separate[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_a_backward_tells_how_far_it_is(kind: str, head: Any) -> None:
+    """From the offset that it tells gradients have their last bits; before it they have not."""
+    model = tiny_model(kind, head=head)
+    batch = batch_for(model, LENGTHS)
+    expected = gradient_bits(model, batch)
+    told: list[tuple[int, torch.Tensor]] = []
+    model.zero_grad()
+    with model.telling(lambda offset: told.append((offset, model._grad_buffer().clone()))):
+        backward(model, batch)
+    whole = model.grads
+    assert bits(whole) == expected
+    assert [offset for offset, _ in told] == sorted(model.block_starts().values(), reverse=True)
+    for offset, there in told:
+        assert bits(there[offset:]) == bits(whole[offset:])
+        assert offset == 0 or bits(there[:offset]) != bits(whole[:offset])
+    backward(model, batch)  # nobody is told any more
+    assert len(told) == len(model.block_starts())
+
+
+def test_who_is_told_may_stop_the_backward() -> None:
+    model = tiny_model()
+    out = model.score(batch_for(model, LENGTHS))
+
+    def stop(offset: int) -> None:
+        raise KeyError(offset)
+
+    with pytest.raises(KeyError), model.telling(stop):
+        out.logprobs.sum().backward()
+    with pytest.raises(RuntimeError, match="a backward ended in the middle"):
+        model.score(batch_for(model, LENGTHS)).logprobs.sum().backward()
+    model.zero_grad()
+    backward(model, batch_for(model, LENGTHS))
 
 
 def test_only_first_tokens_have_no_gradient() -> None:

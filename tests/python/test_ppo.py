@@ -37,6 +37,7 @@ from trying_for_tests import (
 )
 from tutelage import Model, ModelConfig, load_prompts, pack
 from tutelage.cli import main
+from tutelage.distributed import Ranks
 from tutelage.files import newest_complete
 from tutelage.objectives import adaptive_kl_coef, mean_std
 from tutelage.rewards import RewardFunctionError
@@ -612,6 +613,9 @@ def _silent(course: Course) -> Any:
         def say(self, text: str) -> None:
             pass
 
+        def led(self, work: Callable[[], Any]) -> Any:
+            return work()
+
     return Silent()
 
 
@@ -643,7 +647,7 @@ def _judge_of_nothing() -> Any:
 
 def _passing() -> Any:
     class Passing:
-        step = 1
+        step, ranks = 1, Ranks()
 
         def timed(self, part: str) -> Any:
             return contextlib.nullcontext()

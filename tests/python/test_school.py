@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import shlex
@@ -17,12 +18,15 @@ from typing import Any
 import pytest
 
 from forked import Forker, forker
+from labelling_for_tests import Page, address_of
 from models_for_tests import threads
 from runs_for_tests import kill_rounds
 from tutelage import Model, cli, files
 from tutelage.school.course import school
+from tutelage.school.data import fact_of, read_rows
 from tutelage.school.drawing import bars, curve
 from tutelage.school.exam import Grades, printable
+from tutelage.school.labeller import SimulatedLabeller
 from tutelage.school.report import Examined, Report, Taken, bar, page, picture, table
 from tutelage.school.stages import EXAMINED, STAGES, Plan, SchoolConfig, StageName, command_line, followers
 
@@ -403,3 +407,45 @@ def test_the_school_teaches(tmp_path: Path) -> None:
     assert all(found[name]["right"] >= sft["right"] - 0.02 for name in ("ppo", "dpo"))
     # What reading while trying is for.
     assert found["ppo_ptx"]["bpb"] < found["ppo"]["bpb"] / 2
+
+
+# --- judged by a person ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_person_judges(children: Forker, tmp_path: Path) -> None:
+    """`tutelage school --human`: left in the middle, gone on with, and what was said on the page is what is learned from."""
+    folder = tmp_path / "school"
+    options = tiny(tmp_path, human=True, human_questions=12, browser=False)
+    judge, said = SimulatedLabeller(0, noise=0.0), list[Any]()
+
+    def rank(item: dict[str, Any]) -> dict[str, Any]:
+        facts = {row["prompt"]: fact_of(row) for row in read_rows(folder / "data" / "practice.jsonl")}
+        prompt, texts = item["prompt"][0]["content"], [answer["text"] for answer in item["answers"]]
+        fact = facts[prompt]
+        assert item["note"].startswith("What is true: ") and fact.person in item["note"] and fact.value in item["note"]
+        ranking = judge.rank(prompt, texts, fact)
+        said.append((prompt, [sorted(texts[place] for place in group) for group in ranking]))
+        return {"ranking": [[item["answers"][place]["id"] for place in group] for group in ranking]}
+
+    child = children.start("children:command", loop="school", config=options)
+    page = Page(address_of(child.output, 120))
+    assert "Half of its answers are kind" in page.get("session")["guidelines"]
+    item = page.next()["item"]
+    page.submit(item["id"], rank(item))
+    page.close()
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait() == 130, child.output.read_text()
+    assert "feedback.db holds 1 judgements of 12 prompts" in child.output.read_text()
+    with pytest.raises(ValueError, match="has human 12, not 0: give the same"):
+        school(SchoolConfig(**tiny(tmp_path, resume="auto")))
+    child = children.start("children:command", loop="school", config={**options, "resume": "auto"})
+    page = Page(address_of(child.output, 120))
+    page.judge_all(rank)
+    page.close()
+    assert child.wait() == 0, child.output.read_text()
+    written = read_rows(folder / "data" / "rankings.jsonl")
+    learned = [(row["prompt"], [sorted(row["responses"][at] for at in group) for group in row["ranking"]]) for row in written]
+    assert learned == [entry for entry in said if len(entry[1]) > 1] and learned
+    assert "A person has said which answers are better, of 12 questions" in (folder / "report.html").read_text()
+    assert "$ tutelage label --out" in child.output.read_text()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from addition.course import AdditionConfig, addition
 from addition.course import Sizes as SumSizes
@@ -32,10 +33,10 @@ from common import course as courses
 from common.course import CourseConfig
 from common.measures import openings, perplexity
 from common.packages import LLAMAFACTORY, SMOLLM2, VADER, Package, fetch, read, read_nested
-from common.page import Column, Results, Sample, page
+from common.page import Measure, Results, Sample, page, table
 from common.statistics import Ridge, Share, distinct, pair_accuracy, rater_agreement, words
 from movies import data
-from movies.course import EXAMINED, MoviesConfig, Sizes, Sources, movies
+from movies.course import EXAMINED, MEASURES, MoviesConfig, Sizes, Sources, movies
 from movies.data import LEAD, Rated
 from movies.exam import wins
 from preferences.course import PreferencesConfig, preferences
@@ -388,22 +389,35 @@ def test_preference_pairs_become_rows() -> None:
 
 
 def test_the_page_holds_exact_figures_and_escapes_what_models_say() -> None:
-    column = Column("x", "x < y", "a & b", lambda value: f"{value:.1f}")
+    measure = Measure("x", "x < y", "a & b", lambda value: f"{value:.1%}", ("low", "high"))
     results = Results(
         title="A <title>",
         opening="An opening & more",
-        columns=[column],
-        rows={"one": {"x": 0.123456789}, "two": {"x": None}},
+        measures=[measure],
+        models={"one": {"x": 0.123456789, "low": 0.1, "high": 0.2}, "two": {"x": None, "low": None, "high": None}},
         bars={"one": {"wins": 0.5}},
         facts=["1 < 2"],
         samples=[Sample("a <b>", {"one": ("<script>", "r > 1")})],
         taken={},
     )
     text = page(results)
-    assert '<data id="one.x" value="0.123456789">0.1</data>' in text and "<td>–</td>" in text
+    assert '<data id="one.x" value="0.123456789">12.3%</data><small>10.0–20.0</small>' in text and "<td>–</td>" in text
     for raw in ("<title> ", "<script>", "x < y", "a & b", "1 < 2", "a <b>"):
         assert raw not in text.replace("<title>A &lt;title&gt;", "")
     assert "&lt;script&gt;" in text and "50.0% wins" in text
+
+
+def test_no_figure_of_the_table_is_cut_off_on_a_narrow_terminal() -> None:
+    """Five models and their intervals in 80 columns."""
+    five = ("base", "sft", "ppo", "ppo_ptx", "dpo")
+    figures = {measure.key: 0.877 for measure in MEASURES} | {"win_rate_low": 0.8333, "win_rate_high": 0.8999}
+    shown = table(Results("t", "", MEASURES, dict.fromkeys(five, figures), {}, (), (), {}))
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text and text.count("87.7%") == 2 * 5 and text.count("83.3–90.0") == 5
+    assert all(measure.name in text for measure in MEASURES)
 
 
 # --- a cut of each case -------------------------------------------------------------------------------------
@@ -541,6 +555,7 @@ def test_a_cut_runs_from_end_to_end(held: Callable[[str], Held], name: str) -> N
     assert report.startswith("<!DOCTYPE html>") and "http" not in report
     for stage in figures["stages"]:
         assert f'id="stage-{stage}"' in report
+    assert "<span>--output_dir</span>" in report  # no line of a command ends within an option's name
     for stage in ("exam_sft", "exam_ppo") if name != "preferences" else ():
         for key, value in figures["stages"][stage].items():
             assert math.isfinite(value), (stage, key)

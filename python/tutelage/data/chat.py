@@ -1,7 +1,7 @@
 """Chat templates: conversations to text, and which of the text the model answers.
 
-A template is Jinja, as Hugging Face folders carry it (`chat_template.jinja`, or `chat_template` in
-tokenizer_config.json), and renders as transformers renders it. Templates come from strangers: they run in
+A template is Jinja, as Hugging Face folders carry it (`chat_template.jinja`, `additional_chat_templates/NAME.jinja`, or
+`chat_template` in tokenizer_config.json), and renders as transformers renders it. Templates come from strangers: they run in
 Jinja's sandbox, and what they may compute and write is bounded by the size of what they are given.
 """
 
@@ -28,6 +28,13 @@ from jinja2.visitor import NodeTransformer
 Span = tuple[int, int]
 """[begin, end) in characters."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
+NAMED_CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder of further ones."""
+NAMED_CHAT_TEMPLATE = re.compile(rf"{NAMED_CHAT_TEMPLATES}/([^/]*)\.jinja")
+
+# The named templates that a conversation is rendered with.
+_USED = ("default", "tool_use")
 # Of what stands inside a message; far below what Python's recursion can take.
 _DEEPEST = 64
 
@@ -59,9 +66,10 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     sources: name to Jinja source: "default", and "tool_use" where there is another one for conversations with
-        tools.
+        tools. Others are for programs that ask for them by name, and are not looked at.
     variables: what templates are given beside the conversation: `bos_token`, `eos_token`…
     special_tokens: spellings of the tokenizer's special tokens.
+    places: name to where a source stands, for errors.
 
     Raises ChatTemplateError for a source that is no template.
     """
@@ -71,47 +79,37 @@ class ChatTemplate:
         sources: Mapping[str, str],
         variables: Mapping[str, str],
         special_tokens: Iterable[str],
-        where: str = "chat template",
+        places: Mapping[str, str] | None = None,
     ) -> None:
+        places = places or dict.fromkeys(sources, "chat template")
         if "default" not in sources:
+            where = next(iter(places.values()), "chat template")
             raise ChatTemplateError(
                 f"{where}: there is no template named 'default' (there are: {', '.join(sources) or 'none'})"
             )
         self.sources = dict(sources)
         self.variables = dict(variables)
-        self.where = where
+        self.where = places["default"]
         self.special_tokens = sorted(set(special_tokens) - {""}, key=lambda token: (-len(token), token))
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or "(?!)")
         self._environment = _Environment()
-        self._templates = {name: self._environment.compiled(source, where) for name, source in sources.items()}
+        self._templates = {name: self._environment.compiled(sources[name], places[name]) for name in _USED if name in sources}
 
     @classmethod
     def from_files(cls, contents: Mapping[str, bytes], special_tokens: Iterable[str]) -> ChatTemplate | None:
         """The template among a tokenizer's files, or None where they have none."""
-        configs = [_object(contents.get(name)) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-        sources: object = configs[0].get("chat_template")
-        where = "tokenizer_config.json, chat_template"
-        if "chat_template.jinja" in contents:
-            where = "chat_template.jinja"
-            try:
-                sources = contents[where].decode()
-            except UnicodeDecodeError as error:
-                raise ChatTemplateError(f"{where}: no UTF-8 at byte {error.start}") from error
-        if sources is None:
+        found = template_sources(contents)
+        if found is None:
             return None
-        if isinstance(sources, str):
-            sources = {"default": sources}
-        elif isinstance(sources, list) and all(isinstance(entry, dict) for entry in sources):
-            sources = {entry.get("name"): entry.get("template") for entry in sources}
-        if not isinstance(sources, dict) or not all(isinstance(text, str) for entry in sources.items() for text in entry):
-            raise ChatTemplateError(f"{where}: it must be a template or a list of named ones")
+        configs = [_object(contents.get(name)) for name in ("tokenizer_config.json", "special_tokens_map.json")]
         variables: dict[str, str] = {}
         for config in configs:
             for name, token in config.items():
                 content = token.get("content") if isinstance(token, dict) else token
                 if name.endswith("_token") and isinstance(content, str):
                     variables.setdefault(name, content)
-        return cls(sources, variables, special_tokens, where)
+        sources, places = found
+        return cls(sources, variables, special_tokens, places)
 
     def render(
         self,
@@ -246,6 +244,35 @@ class ChatTemplate:
                 "own special tokens cannot be told from that one: change the text"
             )
         return tuple(match.span() for match in self._special.finditer(shown))
+
+
+def template_sources(contents: Mapping[str, bytes]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Of a tokenizer's files: name to Jinja source, and name to the file it stands in; None where they have none.
+
+    Files come before tokenizer_config.json's chat_template, and among them a named one before chat_template.jinja where it is
+    named default, as in transformers. Raises ChatTemplateError naming the file that cannot be read.
+    """
+    found = {CHAT_TEMPLATE: "default"} if CHAT_TEMPLATE in contents else {}
+    found |= {name: named[1] for name in contents if (named := NAMED_CHAT_TEMPLATE.fullmatch(name))}
+    if found:
+        sources, places = {}, {}
+        for file, name in found.items():
+            try:
+                sources[name], places[name] = contents[file].decode(), file
+            except UnicodeDecodeError as error:
+                raise ChatTemplateError(f"{file}: no UTF-8 at byte {error.start}") from error
+        return sources, places
+    where = "tokenizer_config.json, chat_template"
+    given: object = _object(contents.get("tokenizer_config.json")).get("chat_template")
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = {"default": given}
+    elif isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
+        given = {entry.get("name"): entry.get("template") for entry in given}
+    if not isinstance(given, dict) or not all(isinstance(text, str) for entry in given.items() for text in entry):
+        raise ChatTemplateError(f"{where}: it must be a template or a list of named ones")
+    return given, dict.fromkeys(given, where)
 
 
 class _Run(Protocol):

@@ -9,7 +9,8 @@ The schemas are TRL's, unchanged, each with strings or with messages (`{"role": 
     unpaired preference  {"prompt", "completion", "label"}
 
 and one of ours for rankings, `{"prompt": …, "responses": […], "ranking": [[0], [2, 1], [3]]}`: groups of
-indices into the responses, best first; the members of one group are tied.
+indices into the responses, best first; the members of one group are tied. Before people have ranked them such rows
+have prompt and responses only; as nothing can be learned from them, they are read where they are asked for by name.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 Data = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 """Where rows come from: a file or a folder of files, several of them, or any iterable of dicts."""
 
-Kind = Literal["language_modeling", "prompt_completion", "prompt_only", "preference", "unpaired_preference", "ranking"]
+Kind = Literal[
+    "language_modeling", "prompt_completion", "prompt_only", "preference", "unpaired_preference", "ranking", "responses"
+]
 
 # What a row of each schema must have. In this order a row's schema is looked for: the more it asks for, the earlier.
 _REQUIRED: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
@@ -40,8 +43,10 @@ _REQUIRED: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt", "completion"),),
     "language_modeling": (("messages",), ("text",)),
     "prompt_only": (("prompt",),),
+    "responses": (("prompt", "responses"),),
 }
-KINDS: tuple[Kind, ...] = tuple(_REQUIRED)
+KINDS: tuple[Kind, ...] = tuple(kind for kind in _REQUIRED if kind != "responses")
+"""Those from which something can be learned, or generated."""
 
 # Of what stands inside a message; far below what Python's recursion can take.
 _DEEPEST = 64
@@ -329,8 +334,10 @@ def _check(where: str, row: object, schema: Schema | None, accept: Sequence[Kind
         fields = (*fields, "margin")
     else:
         prompt = reader.text("prompt")
-        if kind == "ranking":
-            responses = reader.responses()
+        if kind == "responses":
+            responses = reader.responses(least=1)
+        elif kind == "ranking":
+            responses = reader.responses(least=2)
             ranking = reader.ranking(len(responses))
         elif kind != "prompt_only":
             responses = (reader.text("completion"),)
@@ -406,12 +413,16 @@ class _FieldReader:
         _check_unicode(what, kept)
         return kept
 
-    def responses(self) -> tuple[Text, ...]:
+    def responses(self, least: int) -> tuple[Text, ...]:
         value = self.row["responses"]
         if not isinstance(value, (list, tuple)):
             raise _BadFieldError(f"field 'responses' is {type(value).__name__}, not a list")
-        if len(value) < 2:
-            raise _BadFieldError(f"field 'responses' has {len(value)}: a ranking needs two or more")
+        if len(value) < least:
+            raise _BadFieldError(
+                f"field 'responses' has {len(value)}: a ranking needs two or more"
+                if least > 1
+                else "field 'responses' is empty"
+            )
         return tuple(self._text(f"field 'responses', response {number}", entry) for number, entry in enumerate(value))
 
     def ranking(self, count: int) -> tuple[tuple[int, ...], ...]:

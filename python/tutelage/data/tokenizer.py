@@ -17,12 +17,19 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tutelage import files
-from tutelage.data.chat import ChatTemplate, ChatTemplateError, Rendered, Span
+from tutelage.data.chat import (
+    CHAT_TEMPLATE,
+    NAMED_CHAT_TEMPLATE,
+    NAMED_CHAT_TEMPLATES,
+    ChatTemplate,
+    ChatTemplateError,
+    Rendered,
+    Span,
+)
 
 _TOKENIZER = "tokenizer.json"
 # Everything of a Hugging Face folder that belongs to the tokenizer: kept byte for byte by `save`.
-_TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_CHAT_TEMPLATE = _TOKENIZER_FILES[-1]
+_TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 # Where the ids of special tokens are looked up when the files above do not name them.
 _MODEL_FILES = ("generation_config.json", "config.json")
 
@@ -64,6 +71,7 @@ class Tokenizer:
         if not (folder / _TOKENIZER).is_file():
             raise FileNotFoundError(f"no {_TOKENIZER} in {folder}")
         present = [name for name in (*_TOKENIZER_FILES, *_MODEL_FILES) if (folder / name).is_file()]
+        present += _named_templates(folder)
         return cls.from_contents({name: (folder / name).read_bytes() for name in present}, str(folder))
 
     @classmethod
@@ -85,7 +93,7 @@ class Tokenizer:
         }
         return cls(
             backend=backend,
-            contents={name: data for name, data in contents.items() if name in _TOKENIZER_FILES},
+            contents={name: data for name, data in contents.items() if _is_kept(name)},
             vocab_size=max(ids.values()) + 1,
             eos_token_id=_special_id("eos", configs, ids, where),
             bos_token_id=_special_id("bos", configs, ids, where),
@@ -133,13 +141,14 @@ class Tokenizer:
         return ChatTemplate.from_files(self.contents, self.special_tokens.values())
 
     def with_chat_template(self, path: str | Path) -> Tokenizer:
-        """The same tokenizer with the chat template of a Jinja file; `save` writes it too.
+        """The same tokenizer with the chat template of a Jinja file instead of all that it has; `save` writes it too.
 
         The spellings of special tokens in it are tokens where the vocabulary has them, and plain text otherwise.
         Raises ChatTemplateError naming the file for a template that does not compile, OSError for a file that
         cannot be read.
         """
-        changed = dataclasses.replace(self, contents={**self.contents, _CHAT_TEMPLATE: Path(path).read_bytes()})
+        others = {name: data for name, data in self.contents.items() if not NAMED_CHAT_TEMPLATE.fullmatch(name)}
+        changed = dataclasses.replace(self, contents={**others, CHAT_TEMPLATE: Path(path).read_bytes()})
         try:
             ChatTemplate.from_files(changed.contents, changed.special_tokens.values())
         except ChatTemplateError as error:
@@ -320,11 +329,26 @@ class Tokenizer:
         """Write the tokenizer's files into `folder`; `transformers.AutoTokenizer` can read them."""
         folder = Path(folder)
         files.make_folder(folder)
-        for name in _TOKENIZER_FILES:
-            if name in self.contents:
-                files.write_file_atomic(folder / name, self.contents[name])
-            else:
+        for name in (*_TOKENIZER_FILES, *_named_templates(folder)):
+            if name not in self.contents:
                 files.remove(folder / name)  # of another tokenizer
+        named = folder / NAMED_CHAT_TEMPLATES
+        if named.is_dir() and not any(named.iterdir()):
+            files.remove(named)
+        for name, data in self.contents.items():
+            files.make_folder((folder / name).parent)
+            files.write_file_atomic(folder / name, data)
+
+
+def _named_templates(folder: Path) -> list[str]:
+    """The files of a folder's named chat templates."""
+    return sorted(
+        f"{NAMED_CHAT_TEMPLATES}/{path.name}" for path in (folder / NAMED_CHAT_TEMPLATES).glob("*.jinja") if path.is_file()
+    )
+
+
+def _is_kept(name: str) -> bool:
+    return name in _TOKENIZER_FILES or NAMED_CHAT_TEMPLATE.fullmatch(name) is not None
 
 
 # Private characters (Unicode's plane 16, from behind) that stand for special tokens.

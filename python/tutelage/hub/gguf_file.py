@@ -129,8 +129,10 @@ class GgufFile:
         row_bytes = width // block * block_bytes
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            begin = tensor.offset + first * row_bytes
-            data = self._map[begin : begin + count * row_bytes]  # a copy: torch refuses read-only memory
+            begin, end = (tensor.offset + row * row_bytes for row in (first, first + count))
+            data = self._map[begin:end]  # a copy: torch refuses read-only memory
+            page = begin - begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, page, end - page)  # what has been read need not stay in memory
             piece = _decode(data, tensor.type, count, width)
             if not bool(torch.isfinite(piece).all()):
                 raise ValueError(f"{self.path}: the tensor {name} holds NaN or an infinity; get the file again")

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from tutelage.config import ModelConfig
 from tutelage.hub.gguf_file import DTYPES, GgufFile, TensorToWrite, Value
 from tutelage.hub.hugging_face import WEIGHTS
+from tutelage.safetensors_io import PIECE_BYTES
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 
@@ -122,8 +123,12 @@ class Place:
 
     def to_write(self, kind: str, load: Callable[[], torch.Tensor]) -> TensorToWrite:
         """This tensor for a file whose matrices are of `kind`; `load` gives it in Hugging Face's layout."""
+        rows = max(PIECE_BYTES // (4 * self.their_shape[-1]), 1)
         return TensorToWrite(
-            self.theirs, self.their_shape, kind if self.is_matrix else "F32", lambda: iter([self.to_theirs(load())])
+            self.theirs,
+            self.their_shape,
+            kind if self.is_matrix else "F32",
+            lambda: iter(torch.split(self.to_theirs(load()), rows if len(self.shape) > 1 else self.shape[0])),
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from tutelage.data.chat import template_sources
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.hub.gguf_file import GgufFile, Value
 
@@ -482,14 +483,12 @@ class _Writer:
         self._fail(f"puts the ids {around} around every text (post_processor); llama.cpp can add bos and eos")
 
     def _templates(self) -> dict[str, Value]:
-        template: Any = self.config.get("chat_template")
-        if "chat_template.jinja" in self.tokenizer.contents:
-            template = self.tokenizer.contents["chat_template.jinja"].decode()
-        if template is None:
+        sources = template_sources(self.tokenizer.contents)
+        if sources is None:
             return {}
-        if isinstance(template, str):
-            return {_TEMPLATE: template}
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = sources[0]
+        if [*named] == ["default"]:
+            return {_TEMPLATE: named["default"]}
         found: dict[str, Value] = {f"{_TEMPLATE}.{name}": text for name, text in named.items() if name != "default"}
         if "default" in named:
             found[_TEMPLATE] = named["default"]

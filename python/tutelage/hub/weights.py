@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _PREFIXES = ("model.", "transformer.")
 _HEAD_TENSORS = ("lm_head.weight", "score.weight")
+_MAPPED_AT_ONCE = 64 << 20  # bytes
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
@@ -76,9 +78,14 @@ def read_tensors(
 def _load(found: Mapping[str, _Source], expected: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
     wanted = [(name, source) for name, source in found.items() if name in expected]
     for path, group in groupby(wanted, key=lambda entry: entry[1].path):
-        with open_weights(path) as file:
+        with ExitStack() as stack:
+            file, mapped = stack.enter_context(open_weights(path)), 0
             for name, source in group:
+                if mapped > _MAPPED_AT_ONCE:  # what has been read stays in memory for as long as the file is mapped
+                    stack.close()
+                    file, mapped = stack.enter_context(open_weights(path)), 0
                 tensor = file.get_tensor(source.stored)
+                mapped += tensor.nbytes
                 if tensor.dtype == torch.float64:  # no model has it, and its range is wider
                     tensor = tensor.to(torch.float32)
                 _check_finite(source, tensor)

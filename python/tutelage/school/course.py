@@ -23,10 +23,12 @@ from rich.rule import Rule
 
 from tutelage import files
 from tutelage.evaluate import load_reward_model
+from tutelage.feedback.export import export_rows
+from tutelage.feedback.store import Store
 from tutelage.files import DISK, Disk, RunFolderError
 from tutelage.model import Model
 from tutelage.school import exam
-from tutelage.school.data import SIZES, read_rows, write_data, write_rows
+from tutelage.school.data import SIZES, fact_of, read_rows, write_data, write_rows
 from tutelage.school.labeller import SimulatedLabeller, preference_rows
 from tutelage.school.report import Report, picture, table, write_report
 from tutelage.school.stages import (
@@ -40,10 +42,13 @@ from tutelage.school.stages import (
     StageName,
     command_line,
     followers,
+    judged,
+    stage_of,
 )
-from tutelage.school.world import World
+from tutelage.school.world import World, clauses
 from tutelage.train.dpo import dpo, orpo
 from tutelage.train.generate import generate
+from tutelage.train.label import label
 from tutelage.train.ppo import ppo
 from tutelage.train.pretrain import pretrain
 from tutelage.train.reward import reward
@@ -59,6 +64,15 @@ _LOOPS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 
 _SCHOOL, _DONE, _EXAM, _DATA, REPORT = "school.json", "done", "exam", "data", "report.html"
+
+_GUIDELINES = """Which answers should the model learn to give?
+
+Put the best answer first. Answers between which you see no difference may stand side by side.
+
+What is true is told beside each question; the model knows it from reading, or not. Half of its answers are kind and half
+are rude, because it was shown both. Who prefers right answers to wrong ones, and among those the kind ones, teaches it to be
+right and kind. You may of course want something else.
+"""
 
 # Folders of a stage that only serve to go on with it.
 _SCAFFOLDING = ("checkpoints", "corpus", "reference")
@@ -100,9 +114,9 @@ def _claim(config: SchoolConfig, disk: Disk) -> Iterator[None]:
     """Locks the folder, and removes what is to be done again."""
     folder, again = Path(config.output_dir), config.overwrite and not config.stages
     with files.claim_run_folder(folder, None if again else "auto", again, disk):
-        plan = Plan(folder, config.size, config.seed)
+        plan = _plan(config)
         known = folder / _SCHOOL
-        identity = {"size": config.size, "seed": config.seed}
+        identity = {"size": config.size, "seed": config.seed, "human": plan.human}
         if known.exists():
             found = json.loads(known.read_bytes())
             files.check_version(known, found.get("format_version"))
@@ -112,9 +126,10 @@ def _claim(config: SchoolConfig, disk: Disk) -> Iterator[None]:
                     "or another --output_dir"
                 )
             for name, value in identity.items():
-                if found.get(name) != value:
+                # A school of before there were people in it says nothing of them.
+                if found.get(name, 0) != value:
                     raise ValueError(
-                        f"the school in {folder} has {name} {found.get(name)}, not {value}: "
+                        f"the school in {folder} has {name} {found.get(name, 0)}, not {value}: "
                         "give the same, or another --output_dir"
                     )
         else:
@@ -126,6 +141,11 @@ def _claim(config: SchoolConfig, disk: Disk) -> Iterator[None]:
         if config.overwrite:
             _forget(plan, set(config.stages), disk)
         yield
+
+
+def _plan(config: SchoolConfig) -> Plan:
+    human = min(config.human_questions, SIZES[config.size].practice) if config.human else 0
+    return Plan(Path(config.output_dir), config.size, config.seed, human)
 
 
 def _forget(plan: Plan, names: set[StageName], disk: Disk) -> None:
@@ -154,7 +174,7 @@ class _Course:
 
     def __init__(self, config: SchoolConfig, disk: Disk, fault: Callable[[str], None]) -> None:
         self._config, self._disk, self._fault = config, disk, fault
-        self._plan = Plan(Path(config.output_dir), config.size, config.seed)
+        self._plan = _plan(config)
         self._console = Console()
 
     def say(self, text: str, style: str = "") -> None:
@@ -164,7 +184,7 @@ class _Course:
 
     def take(self, name: StageName) -> None:
         """Does a stage, if it is not done, and holds the exams that are due."""
-        stage = STAGES[name]
+        stage = stage_of(name, self._plan)
         if self._is_done(name):
             if self._config.stages and not (self._config.resume or self._config.overwrite):
                 raise RunFolderError(f"stage {name} is finished: pass --overwrite to do it, and what follows from it, again")
@@ -209,7 +229,7 @@ class _Course:
         if name == "world":
             return self._world()
         if name == "labels":
-            return self._label()
+            return self._label_by_hand() if self._plan.human else self._label()
         assert stage.command is not None and stage.config is not None
         config = stage.config(self._plan)
         if stage.command in _LOOPS:
@@ -241,17 +261,45 @@ class _Course:
             for number, prompt in enumerate(prompts)
         ]
         rankings = [row for row in found if row is not None]
+        return {**self._conclude_labels("the simulated labeller has", rankings, len(prompts)), "noise": labeller.noise}
+
+    def _label_by_hand(self) -> dict[str, Any]:
+        """A person ranks them, on the labelling page."""
+        prompts, answers = (read_rows(Path(self._plan.data(name))) for name in ("practice", "answers"))
+        texts = [row["text"] for row in answers]
+        config = judged(self._plan)
+        assert config.responses is not None and config.guidelines is not None
+        rows = [
+            {
+                "prompt": prompt["prompt"],
+                "responses": texts[number * ANSWERS_PER_PROMPT :][:ANSWERS_PER_PROMPT],
+                "note": f"What is true: {clauses(fact_of(prompt), spoken=True)[0]}.",
+            }
+            for number, prompt in enumerate(prompts[: self._plan.human])
+        ]
+        write_rows(Path(config.responses), rows)
+        files.write_file_atomic(Path(config.guidelines), _GUIDELINES.encode())
+        label(dataclasses.replace(config, browser=self._config.browser, port=self._config.port))
+        store = Store(self._plan.feedback, read_only=True)
+        try:
+            said = export_rows(store.state, "ranking").rows
+        finally:
+            store.close()
+        rankings = [{name: row[name] for name in ("prompt", "responses", "ranking")} for row in said]
+        return self._conclude_labels("you have", rankings, len(rows))
+
+    def _conclude_labels(self, who: str, rankings: list[dict[str, Any]], asked: int) -> dict[str, Any]:
         pairs = [pair for row in rankings for pair in preference_rows(row)]
         write_rows(Path(self._plan.data("rankings")), rankings)
         write_rows(Path(self._plan.data("preferences")), pairs)
         self.say(
-            f"the simulated labeller has ranked the answers to {len(rankings):,} questions (of {len(prompts):,}; the others it "
-            f"tied), which makes {len(pairs):,} pairs of a better and a worse answer"
+            f"{who} ranked the answers to {len(rankings):,} questions (of {asked:,}; the others were tied or skipped), which "
+            f"makes {len(pairs):,} pairs of a better and a worse answer"
         )
         if pairs:
             for side in ("chosen", "rejected"):
                 self.say(f"  {side}: {exam.printable(pairs[0][side])}", "italic")
-        return {"rankings": len(rankings), "pairs": len(pairs), "noise": labeller.noise}
+        return {"rankings": len(rankings), "pairs": len(pairs)}
 
     # ---- the exams
 

@@ -21,7 +21,7 @@ def bars(stages: Mapping[str, Mapping[str, float]]) -> str:
     drawn = []
     for place, (stage, values) in enumerate(stages.items()):
         top = place * _ROW
-        drawn.append(f'<text class="name" x="0" y="{top + 24}">{stage}</text>')
+        drawn.append(f'<text class="name" x="0" y="{top + 8 + 8 * len(values)}">{stage}</text>')
         for line, (name, value) in enumerate(values.items()):
             y = top + 6 + line * 16
             length = value * field

@@ -16,7 +16,7 @@ from tutelage import files
 from tutelage.files import Disk
 from tutelage.school.drawing import bars, curve
 from tutelage.school.exam import printable
-from tutelage.school.stages import EXAMINED, STAGES, Plan, Stage
+from tutelage.school.stages import EXAMINED, STAGES, Plan, Stage, stage_of
 from tutelage.train.picture import read_metrics
 from tutelage.train.run import METRICS
 
@@ -65,6 +65,8 @@ class Report:
     seed: int
     taken: Mapping[str, Taken]
     exams: Mapping[str, Examined]
+    human: int = 0
+    """Questions whose answers a person ranked; 0: the simulated labeller did."""
 
     @classmethod
     def read(cls, plan: Plan, done: Callable[[Plan, str], Path], grades: Callable[[Plan, str], Path]) -> Report:
@@ -74,12 +76,14 @@ class Report:
         for name, stage in STAGES.items():
             if (path := done(plan, name)).exists():
                 record = json.loads(path.read_bytes())
-                taken[name] = Taken(stage, record["command"], record["seconds"], _curves(plan.folder / name, stage))
+                taken[name] = Taken(
+                    stage_of(name, plan), record["command"], record["seconds"], _curves(plan.folder / name, stage)
+                )
         for name in EXAMINED:
             if (path := grades(plan, name)).exists():
                 record = json.loads(path.read_bytes())
                 exams[name] = Examined(record["grades"], record["samples"])
-        return cls(plan.size, plan.seed, taken, exams)
+        return cls(plan.size, plan.seed, taken, exams, plan.human)
 
 
 def _curves(folder: Path, stage: Stage) -> dict[str, list[tuple[float, float]]]:
@@ -182,6 +186,11 @@ _LABELLER = (
     "one judgement of twenty. Whatever here has learned from preferences has learned from it."
 )
 
+_PERSON = (
+    "A person has said which answers are better, of {count} questions, on the labelling page. Whatever here has learned from "
+    "preferences has learned from that."
+)
+
 
 def write_report(path: Path, report: Report, disk: Disk) -> None:
     """Writes the page."""
@@ -203,7 +212,7 @@ def page(report: Report) -> str:
 {_samples(report)}
 <section>
 <h2>The stages</h2>
-<p>{_LABELLER}</p>
+<p>{_PERSON.format(count=report.human) if report.human else _LABELLER}</p>
 <p>Each command below is the one that you would use on data of your own. With <code>tutelage school --keep</code> the files
 that they read stay, and each can be run again as it stands here.</p>
 {stages}</section>

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from tutelage.train.configs import (
     DpoConfig,
     GenerateConfig,
+    LabelConfig,
     OrpoConfig,
     PpoConfig,
     PretrainConfig,
@@ -64,8 +65,21 @@ class SchoolConfig:
     report, the models and the answers in the exam stay."""
     json: str | None = None
     """Write the figures of the exams to this file: {"sft": {"right": ..., "kind": ...}, "ppo": {...}, ...}."""
+    human: bool = False
+    """Judge the answers yourself: where the simulated labeller would rank them, a page opens on which you do, and the school
+    goes on when you have ranked all. Ctrl-C leaves it; --resume auto comes back to where you were."""
+    human_questions: int = 60
+    """With human: rank the answers to so many questions, at least 4."""
+    browser: bool = True
+    """With human: open the page in the browser of this machine; its address is printed too."""
+    port: int = 0
+    """With human: port of the page. 0: any that is free."""
 
     def __post_init__(self) -> None:
+        if self.human_questions < 4:
+            raise ValueError(
+                f"human_questions must be at least 4, so that some can be held out, but it is {self.human_questions}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in 0 .. 2^64 - 1, but it is {self.seed}")
         if self.resume and self.overwrite:
@@ -79,6 +93,13 @@ class Plan:
     folder: Path
     size: Literal["tiny", "small"]
     seed: int
+    human: int = 0
+    """Questions whose answers a person ranks; 0: the simulated labeller does."""
+
+    @property
+    def feedback(self) -> Path:
+        """What the person has said."""
+        return self.folder / "labels" / "feedback.db"
 
     def data(self, name: str) -> str:
         return str(self.folder / "data" / f"{name}.jsonl")
@@ -170,6 +191,18 @@ def _answers(plan: Plan) -> GenerateConfig:
     )
 
 
+def judged(plan: Plan) -> LabelConfig:
+    """How a person ranks the answers."""
+    return LabelConfig(
+        out=str(plan.feedback),
+        responses=plan.data("to_judge"),
+        seed=plan.seed,
+        title="Which answers are better?",
+        guidelines=plan.data("guidelines").removesuffix(".jsonl") + ".txt",
+        stop_when_complete=True,
+    )
+
+
 def _reward(plan: Plan) -> RewardConfig:
     return RewardConfig(
         **plan.run("reward", eval_steps=plan.by_size(20, 50)),
@@ -177,7 +210,8 @@ def _reward(plan: Plan) -> RewardConfig:
         data=(plan.data("rankings"),),
         demonstrations=plan.data("demonstrations"),
         eval_fraction=0.1,
-        num_train_epochs=plan.by_size(1.0, 2.0),
+        # A person ranks less: what there is, is seen more often.
+        num_train_epochs=plan.by_size(1.0, 6.0 if plan.human else 2.0),
         learning_rate=5e-4,
     )
 
@@ -206,6 +240,7 @@ def _dpo(plan: Plan) -> DpoConfig:
         **plan.run("dpo"),
         model=plan.model("sft"),
         data=(plan.data("preferences"),),
+        num_train_epochs=4.0 if plan.human else 1.0,
         # The simulated labeller errs; and a model that may not go far learns the tone before it forgets the facts.
         beta=1.0,
         label_smoothing=0.1,
@@ -219,7 +254,7 @@ def _orpo(plan: Plan) -> OrpoConfig:
         # them alone how to answer about others: 79 % right in place of 98 %.
         model=plan.model("sft"),
         data=(plan.data("preferences"),),
-        num_train_epochs=1.0,
+        num_train_epochs=4.0 if plan.human else 1.0,
         learning_rate=1e-4,
         beta=0.3,
     )
@@ -341,6 +376,22 @@ STAGES: Mapping[StageName, Stage] = MappingProxyType(
         ),
     }
 )
+
+_BY_A_PERSON = Stage(
+    title="Being judged by you",
+    told="You rank the answers, as people did for InstructGPT. What you like better is what the model will learn to say: this "
+    "course does not know, and whatever you decide, it goes on with.",
+    needs=("answers",),
+    command="label",
+    config=judged,
+    reads=("practice", "answers"),
+)
+
+
+def stage_of(name: StageName, plan: Plan) -> Stage:
+    """A stage as this school holds it."""
+    return _BY_A_PERSON if name == "labels" and plan.human else STAGES[name]
+
 
 #: Stages whose model sits the exam, in the course's order.
 EXAMINED: tuple[StageName, ...] = tuple(name for name, stage in STAGES.items() if stage.examined)

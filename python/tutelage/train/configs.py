@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tutelage.feedback.tasks import ANSWERS
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -43,9 +45,19 @@ class RunConfig:
     """Also write the metrics for TensorBoard, into output_dir/tensorboard (needs: pip install
     'tutelage[log]')."""
 
+    exact: bool = False
+    """Add up gradients along one tree over the sequences of a step, so that one, two, four … processes (torchrun) end in the
+    same bits. Costs time and memory; without it every number of processes has bits of its own, each reproducible."""
+    exact_leaf: int = 4
+    """With exact: sequences of a leaf of the tree, which one process adds up one after another. Other leaves, other bits."""
+    rank_timeout: float = 600.0
+    """Seconds that a process waits for another before it says which one is missing, and stops."""
+
     def __post_init__(self) -> None:
-        for name in ("save_steps", "save_total_limit", "logging_steps"):
+        for name in ("save_steps", "save_total_limit", "logging_steps", "exact_leaf"):
             at_least(self, name, 1)
+        if not 0 < self.rank_timeout < math.inf:
+            raise ValueError(f"rank_timeout must be positive and finite, but it is {self.rank_timeout}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in 0 .. 2^64 - 1, but it is {self.seed}")
 
@@ -63,6 +75,9 @@ FREE_FIELDS = frozenset(
         "plot",
         "micro_batch_tokens",
         "lora_merge",
+        "exact",  # what depends on these two is said where it does, see train/run.py
+        "exact_leaf",
+        "rank_timeout",
     }
 )
 
@@ -777,6 +792,123 @@ class EvalConfig:
             raise ValueError("win_rate needs one judge: --judge or --reward_model")
         if self.measure == "reward" and self.reward_model is None:
             raise ValueError("reward needs --reward_model")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Let people judge answers, on a page of their own browser.
+
+    `tutelage label --responses answers.jsonl --out feedback.db` prints an address that works once, and opens it. The answers
+    are those of a file of rows {"prompt": ..., "responses": [...]}, or a model's own, which are generated while people judge:
+    `tutelage label --model folder --prompts prompts.jsonl --k 4 --out feedback.db`. Each person types a name first.
+
+    All that is said is stored at once; a server that is killed at any instant loses nothing. The same command goes on where it
+    was left, and so does `tutelage label --out feedback.db`. Ctrl-C ends it. Then, or meanwhile,
+    `tutelage label export feedback.db --to ranking rankings.jsonl` writes rows to learn from, and
+    `tutelage reward --data rankings.jsonl` learns from them.
+
+    Nobody else on this machine or network reaches the page, nor another page of the same browser.
+    """
+
+    out: str = "feedback.db"
+    """File that keeps what is said (SQLite). One that is there already is gone on with; then options at their default are as
+    they were when it was begun."""
+    task: Literal["rank", "compare", "rate", "write"] = "rank"
+    """rank: put the answers in order, ties allowed. compare: say which of two is better. rate: give each a score of 1 to 7 and
+    InstructGPT's flags. write: write an answer, or correct one."""
+    responses: str | None = None
+    """Answers made elsewhere: a file (.jsonl, .json, .parquet) or folder of rows {"prompt", "responses"}."""
+    prompts: str | None = None
+    """Prompts to answer: a file or folder of rows that have one. --model answers them; for write it may be left out."""
+    model: str | None = None
+    """Folder of the model that answers the prompts."""
+    k: int = 0
+    """Answers of the model to each prompt, up to 9. 0: as the task has it (rank and rate 4, compare 2, write 1)."""
+    order: Literal["given", "shuffled", "spread"] = "given"
+    """Order of the prompts. given: as in the file. shuffled: at random. spread: those first, of all that are ready, whose
+    answers get the most unlike rewards of the reward model."""
+    reward_model: str | None = None
+    """Folder of a reward model, for the order spread."""
+    overlap: int = 1
+    """People that should judge each prompt. From two on, the page shows how far they agree."""
+    seed: int = 0
+    """Of the order in which the answers to a prompt are shown, of the order shuffled, and of the model's draws."""
+    title: str = ""
+    """Shown on the page."""
+    guidelines: str | None = None
+    """A text file of what to look at when judging, shown beside the answers."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but the loopback's lets others on the network reach the page, over plain HTTP."""
+    port: int = 0
+    """Port to listen on. 0: any that is free."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which browsers may ask for the page, besides the address itself."""
+    addresses: int = 1
+    """Print so many one-time addresses, one for each browser."""
+    browser: bool = True
+    """Open the page in the browser of this machine."""
+    stop_when_complete: bool = False
+    """End when every prompt was judged or skipped by as many people as are wanted."""
+    on_bad_row: str = "error"
+    """What to do with a bad row: "error", or "skip:<max>" to leave out up to so many, each reported."""
+    max_new_tokens: int = 256
+    """At most so many tokens an answer of the model."""
+    temperature: float = 1.0
+    """Of the model's answers: below 1 the likely becomes likelier."""
+    top_k: int = 0
+    """Draw among the so many likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: round the model's matrices; half the memory to read, so faster."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 0), ("overlap", 1), ("seed", 0), ("addresses", 1), ("max_new_tokens", 1)):
+            at_least(self, name, least)
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must lie in 0 .. 65535, but it is {self.port}")
+        if self.responses is not None and (self.prompts is not None or self.model is not None):
+            raise ValueError("responses holds prompts and their answers: leave prompts and model out")
+        least, most = ANSWERS[self.task]
+        if self.k and self.model is None:
+            raise ValueError("k is the number of a model's answers: give a model too")
+        if self.k and not max(least, 1) <= self.k <= most:
+            wanted = str(most) if least == most or most == 1 else f"{least} to {most}"
+            raise ValueError(f"the task {self.task} takes {wanted} answers, but k is {self.k}")
+        if self.order == "spread" and self.task == "write":
+            raise ValueError("order spread compares answers, of which write has one at most: give another order")
+        if self.reward_model is not None and self.order != "spread":
+            raise ValueError("reward_model is for the order spread: give that too")
+
+
+@dataclass(frozen=True)
+class LabelExportConfig:
+    """Write what people judged as rows to learn from: `tutelage label export feedback.db --to ranking rankings.jsonl`.
+
+    ranking is what `tutelage reward` reads, preference (or preference_implicit) `tutelage dpo` and `tutelage orpo`, unpaired
+    `tutelage dpo --loss_type kto`, demonstrations `tutelage sft`; `tutelage ppo` takes the prompts of any of them. ratings are
+    for reading. Works while people go on judging.
+    """
+
+    feedback: str = ""
+    """File that `tutelage label` keeps; may stand in front without --feedback."""
+    to: Literal["ranking", "preference", "preference_implicit", "unpaired", "demonstrations", "ratings"] = "ranking"
+    """The schema. ranking: prompt, responses and their order. preference: every two answers of which one is better, as prompt,
+    chosen, rejected. preference_implicit: the same, the prompt in front of both. unpaired: prompt, completion, and whether it
+    is good. demonstrations: prompt and completion (task write). ratings: prompt, response, score and flags (task rate)."""
+    output: str = ""
+    """File to write (.jsonl); may stand at the end without --output."""
+    labellers: tuple[str, ...] = ()
+    """Only what these people judged. None: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("feedback", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"there is no {name}: tutelage label export feedback.db --to ranking rankings.jsonl")
+        if not self.output.endswith(".jsonl"):
+            raise ValueError(f"output is {self.output}: it must be a .jsonl file, so that it can be read again")
 
 
 @dataclass(frozen=True)

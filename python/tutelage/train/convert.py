@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tutelage import files
+from tutelage.data.chat import NAMED_CHAT_TEMPLATES
 from tutelage.data.tokenizer import Tokenizer
 from tutelage.hub import gguf_model, hugging_face
 from tutelage.hub.gguf_file import GgufFile, Value, gguf_chunks
@@ -115,7 +116,9 @@ def _check_folder(target: Path, overwrite: bool) -> None:
         raise files.RunFolderError(f"{target} is a file: give the folder to write the model to")
     if not overwrite:
         raise files.RunFolderError(f"{target} is not empty: pass --overwrite to replace a model in it, or another target")
-    if not (target / hugging_face.CONFIG).is_file() or any(path.is_dir() for path in target.iterdir()):
+    if not (target / hugging_face.CONFIG).is_file() or any(
+        path.is_dir() and path.name != NAMED_CHAT_TEMPLATES for path in target.iterdir()
+    ):
         raise files.RunFolderError(f"{target} is not the folder of a model alone, so nothing in it was touched: pass another")
 
 

@@ -26,7 +26,6 @@ from tutelage.data.tokenizer import Tokenizer
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import load_objective
-from tutelage.optimizer import AdamW
 from tutelage.train.configs import DpoConfig, OrpoConfig
 from tutelage.train.reference import load_reference, logps, reference_logps
 from tutelage.train.run import Run, ignore, learning_rate, open_run
@@ -125,7 +124,7 @@ def _learn(
         fingerprint, base = f"{data.fingerprint} {held_out.fingerprint}", content(model)
         reference = _Reference(run, config, model, examples.examples, held_out.examples, disk)
         model.eos_token_ids = stops(model, tokenizer, examples)
-        optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+        optimizer = run.optimizer(model, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         run.say(
             f"model: {size(model)}; {len(data)} examples to learn from, {len(held_out)} held out; "
@@ -162,6 +161,7 @@ def _learn(
             optimizer.zero_grad()
             loss = run.accumulate(model, compared.batch, config.micro_batch_tokens, share, [compared.width] * len(taken))
             grad_norm = run.update(optimizer)
+            totals = run.gather(sums)
             count = int(compared.batch.completion_mask.sum())
             tokens += count
             run.log(
@@ -171,11 +171,11 @@ def _learn(
                 grad_norm=grad_norm,
                 num_tokens=tokens,
                 epoch=cursor.epoch + cursor.index / len(data),
-                **_figures(config, compared, torch.cat(sums)),
+                **_figures(config, compared, totals),
             )
             if len(held_out) and (step % config.eval_steps == 0 or step == last):
                 apart = reference.compare(model, held_out.examples)
-                found = logps(model, apart.batch, config.micro_batch_tokens)
+                found = run.share(apart.batch, lambda part: logps(model, part, config.micro_batch_tokens))
                 figures = {"loss": _loss(config, apart, found, len(held_out)).item(), **_figures(config, apart, found)}
                 measured = {f"eval_{name}": value for name, value in figures.items()}
                 run.write_metrics(measured)
@@ -280,7 +280,7 @@ class _Reference:
     def __init__(
         self, run: Run, config: Config, model: Model, training: Sequence[Row], held_out: Sequence[Row], disk: Disk
     ) -> None:
-        self._max_tokens = config.micro_batch_tokens
+        self._run, self._max_tokens = run, config.micro_batch_tokens
         self._mismatched = isinstance(config, DpoConfig) and config.loss_type == "kto"
         longest = config.max_length or model.config.max_position_embeddings
         rows: list[Row] = [*training, *held_out]
@@ -304,7 +304,8 @@ class _Reference:
             batch = packed([sequence for pair in pairs for sequence in pair])
             return _Compared(rows, batch, None if known is None else known.view(-1), None)
         assert known is not None  # kto has a reference
-        others = logps(model, packed([other for _, other in pairs]), self._max_tokens)
+        mismatched = packed([other for _, other in pairs])
+        others = self._run.share(mismatched, lambda part: logps(model, part, self._max_tokens))
         z0 = objectives.kto_z0(others, known[:, 1].contiguous())
         return _Compared(rows, packed([own for own, _ in pairs]), known[:, 0].contiguous(), z0)
 

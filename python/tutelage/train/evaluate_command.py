@@ -6,14 +6,16 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.batch import pack
+from tutelage.batch import PackedBatch, pack
 from tutelage.data.documents import read_documents
 from tutelage.data.examples import ExampleSet, Prompt, load_prompts, load_rankings
 from tutelage.data.tokenizer import Tokenizer
@@ -28,7 +30,8 @@ from tutelage.evaluate import (
 )
 from tutelage.model import Model
 from tutelage.objectives import ranking_pairs
-from tutelage.rollouts import Rollouts
+from tutelage.rollouts import Generation, GenerationSettings, Rollouts
+from tutelage.train.bar import progress
 from tutelage.train.configs import EvalConfig
 from tutelage.train.run import write_json
 from tutelage.user_code import load_function
@@ -76,7 +79,11 @@ def _bits_per_byte(config: EvalConfig) -> Figures:
     model, tokenizer = _model(config.model, config.device)
     sources = documents_to_score(read_documents(config.data, 0.0, config.on_bad_row), tokenizer)
     context = model.config.max_position_embeddings
-    bits: Figures = dict(held_out_bits_per_byte(model, sources, context, max(config.micro_batch_tokens, context)))
+    pieces = sum(len(source.sequences(context)) for source in sources)
+    with _bar("pieces of text", pieces) as done:
+        bits: Figures = dict(
+            held_out_bits_per_byte(model, sources, context, max(config.micro_batch_tokens, context), done=done)
+        )
     return {**bits, "bytes": sum(source.bytes for source in sources)}
 
 
@@ -113,7 +120,7 @@ def _win_rate(config: EvalConfig) -> Figures:
         )
         answers.append(_answers(config, model, prompts))
         if reward_model is not None:
-            rewards.append(sequence_rewards(reward_model, answers[-1].pack(), config.micro_batch_tokens).tolist())
+            rewards.append(_rewards(reward_model, answers[-1].pack(), config.micro_batch_tokens).tolist())
     if judge is None:
         scores = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in zip(*rewards, strict=True)]
     else:
@@ -132,7 +139,8 @@ def _kl(config: EvalConfig) -> Figures:
         raise ValueError(f"{config.model} and {config.against} have different tokenizers, so their tokens cannot be compared")
     rollouts = _answers(config, model, _prompts(config, tokenizer))
     temperature = 1.0 if config.temperature is None else config.temperature
-    return dataclasses.asdict(kl_divergence(rollouts, reference, temperature, config.micro_batch_tokens))
+    with _bar("answers read by the other model", len(rollouts)) as done:
+        return dataclasses.asdict(kl_divergence(rollouts, reference, temperature, config.micro_batch_tokens, done))
 
 
 def _reward(config: EvalConfig) -> Figures:
@@ -140,7 +148,7 @@ def _reward(config: EvalConfig) -> Figures:
     model, tokenizer = _model(config.model, config.device)
     reward_model = load_reward_model(config.reward_model, tokenizer, model.base, model.device_name)
     answers = _answers(config, model, _prompts(config, tokenizer))
-    rewards = sequence_rewards(reward_model, answers.pack(), config.micro_batch_tokens).tolist()
+    rewards = _rewards(reward_model, answers.pack(), config.micro_batch_tokens).tolist()
     mean = math.fsum(rewards) / len(rewards)
     error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None
     return {"reward": mean, "standard_error": error, "count": len(rewards)}
@@ -152,7 +160,7 @@ def _reward_accuracy(config: EvalConfig) -> Figures:
         raise ValueError(f"{config.model} holds a language model, and reward_accuracy needs a reward model")
     rows = load_rankings(config.data, tokenizer, model.config.max_position_embeddings, config.on_bad_row)
     batch = pack([response.tokens for prompt in rows.examples for response in prompt.responses])
-    rewards = sequence_rewards(model, batch, config.micro_batch_tokens)
+    rewards = _rewards(model, batch, config.micro_batch_tokens)
     pairs = ranking_pairs([prompt.ranking for prompt in rows.examples])
     leads = (rewards[pairs.winners] - rewards[pairs.losers]).tolist()
     return {**dataclasses.asdict(rate([float(lead > 0) for lead in leads])), "prompts": len(rows.examples)}
@@ -165,13 +173,28 @@ def _prompts(config: EvalConfig, tokenizer: Tokenizer) -> ExampleSet[Prompt]:
 def _answers(config: EvalConfig, model: Model, prompts: ExampleSet[Prompt]) -> Rollouts:
     stops = [*model.eos_token_ids, *([] if prompts.turn is None else [prompts.turn.stop_token_id])]
     default = 1.0 if config.measure == "kl" else 0.0
-    return model.generate(
-        [prompt.tokens.tolist() for prompt in prompts.examples],
+    settings = GenerationSettings(
         config.max_new_tokens,
         temperature=default if config.temperature is None else config.temperature,
         stop_token_ids=stops,
         seed=config.seed,
     )
+    generation, finished = Generation(model, [prompt.tokens.tolist() for prompt in prompts.examples], settings), 0
+    with _bar("answers", len(prompts.examples)) as done:
+        while generation.step():
+            finished += sum(token.finish_reason is not None for token in generation.streamed())
+            done(finished)
+    return generation.rollouts()
+
+
+def _rewards(model: Model, batch: PackedBatch, max_tokens: int) -> torch.Tensor:
+    with _bar("rewards", len(batch)) as done:
+        return sequence_rewards(model, batch, max_tokens, done)
+
+
+def _bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """On standard error, so that the figures can be sent elsewhere."""
+    return progress(Console(stderr=True), what, total, transient=True)
 
 
 def _texts(rollouts: Rollouts) -> list[str]:

@@ -29,6 +29,7 @@ from tutelage.rollouts import Rollouts
 from tutelage.train import picture
 from tutelage.train.configs import TryingConfig
 from tutelage.train.run import METRICS, NonFiniteError, Run, write_json
+from tutelage.train.sharing import answers
 from tutelage.train.tuning import TuningResult, columns_of, content, split
 
 
@@ -122,7 +123,7 @@ class Judge:
         self._stack = ExitStack()
 
     def __enter__(self) -> Judge:
-        if self._functions is not None:
+        if self._functions is not None and self._run.ranks.leads:
             self._stack.enter_context(self._functions)
         return self
 
@@ -138,21 +139,32 @@ class Judge:
         scores: list[float | None] = [None] * len(rollouts)
         figures: dict[str, float] = {}
         if self._functions is not None:
-            found = self._functions(
-                [_plain(prompt) for prompt in prompts],
-                [_completion(prompt, text) for prompt, text in zip(prompts, rollouts.texts or [], strict=True)],
-                {name: [prompt.columns.get(name) for prompt in prompts] for name in self._names},
-                self._run.step,
-            )
-            scores, figures = found.totals, found.metrics()
-        if self.model is not None:
-            values = sequence_rewards(self.model, rollouts.pack(), self._config.micro_batch_tokens)
+            scores, figures = self._told(self._functions, prompts, rollouts)
+        judge, most = self.model, self._config.micro_batch_tokens
+        if judge is not None:
+            values = self._run.share(rollouts.pack(), lambda part: sequence_rewards(judge, part, most))
             check_finite(self._run, "reward", values)
             # An answer that a function leaves out stays out; without functions there is the reward model alone.
             own = [0.0] * len(values) if self._functions is None else scores
             scores = [None if given is None else given + value for given, value in zip(own, values.tolist(), strict=True)]
         ended = [reason == "stop" for reason in rollouts.finish_reasons]
         return [self._with_end(score, end) for score, end in zip(scores, ended, strict=True)], figures
+
+    def _told(
+        self, functions: RewardFunctions, prompts: Sequence[Prompt], rollouts: Rollouts
+    ) -> tuple[list[float | None], dict[str, float]]:
+        """What the functions say. One rank asks them for all answers of a step at once, for they may compare them."""
+        given = None
+        if self._run.ranks.leads:
+            found = functions(
+                [_plain(prompt) for prompt in prompts],
+                [_completion(prompt, text) for prompt, text in zip(prompts, rollouts.texts or [], strict=True)],
+                {name: [prompt.columns.get(name) for prompt in prompts] for name in self._names},
+                self._run.step,
+            )
+            given = found.totals, found.metrics()
+        scores, figures = self._run.ranks.exchange(given)[0]
+        return scores, figures
 
     def _with_end(self, score: float | None, ended: bool) -> float | None:
         if score is None or ended:
@@ -206,14 +218,16 @@ def gather(
     stand one after another. Raises as `Judge.scores`.
     """
     with run.timed("rollout"):
-        rollouts = model.generate(
+        rollouts = answers(
+            run.ranks,
+            model,
             [prompt.tokens.tolist() for prompt in prompts],
             config.max_completion_length,
             samples,
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            config.min_p,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
             seed=int(hashes(f"rollout {config.seed} {purpose}", 1)[0] >> np.uint64(1)),
         )
         if model.base is None:  # the copy of the weights that generation made is stale after the next update; not of a base
@@ -319,6 +333,11 @@ class Moves:
             self.clipped.append(clipped[mask])
             self.entropy.append(entropy.detach())
 
+    def share(self, run: Run, first: int) -> None:
+        """Puts what all ranks have noted of an update in the place of what this one has, from the first-th micro-batch on."""
+        for noted in (self.logs, self.clipped, self.entropy):
+            noted[first:] = [run.gather(noted[first:])]
+
     def approximate_kl(self, first: int = 0) -> float:
         """Mean of ½ (log ρ)² from the first-th micro-batch on (Schulman 2020's k2)."""
         moved = torch.cat(self.logs[first:])
@@ -376,6 +395,8 @@ def show_sample(run: Run, tokenizer: Tokenizer, episodes: Episodes) -> None:
 
 def conclude(run: Run, result: TryingResult, config: TryingConfig, command: str, score: str) -> None:
     """Draws the scores, says what the run has come to, and writes the figures for `--json`. score: its name in the metrics."""
+    if not run.ranks.leads:
+        return
     if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
         run.say(picture.show(run.folder / METRICS, run.folder / "score.png", "", "mean of a step", score))
     measured = "" if result.eval_reward is None else f", {result.eval_reward:.3f} of answers to the held-out prompts"

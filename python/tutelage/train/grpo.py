@@ -21,7 +21,6 @@ from tutelage.data.packing import Cursor
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import grpo_advantages, kl_estimate, ppo_policy, rloo_advantages
-from tutelage.optimizer import AdamW
 from tutelage.train.configs import GrpoConfig
 from tutelage.train.experience import (
     Episodes,
@@ -75,7 +74,8 @@ def _learn(
     tokenizer, most = model.tokenizer, config.micro_batch_tokens
     assert tokenizer is not None
     data, reference = Batches(prompts, config.seed), _reference(config, model)
-    optimizer = AdamW(model, 0.0, eps=config.adam_epsilon, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+    options = {"eps": config.adam_epsilon, "weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
+    optimizer = run.optimizer(model, **options)
     last = steps_of(config, len(data))
     run.say(
         f"model: {size(model)}; {len(data)} prompts, {len(held_out)} held out; {last} steps of "
@@ -100,7 +100,7 @@ def _learn(
             batch, known = answers.batch, None
             with run.timed("score"):
                 if reference is not None:
-                    known = token_logprobs(reference, batch, most, config.temperature)
+                    known = run.share(batch, lambda part: token_logprobs(reference, part, most, config.temperature))
                     check_finite(run, "reference's log-prob", known, batch)
                 whole, figures = advantages_of(config, answers, known)
                 check_finite(run, "advantage", whole.columns["advantages"], batch)
@@ -108,9 +108,10 @@ def _learn(
                 moves, losses, norm = Moves(), [], 0.0
                 for epoch in range(config.num_iterations):
                     for part in mini_batches(len(batch), config.num_mini_batches, f"{config.seed} {step} {epoch}"):
-                        mini = whole.select(part)
+                        mini, noted = whole.select(part), len(moves.logs)
                         optimizer.zero_grad()
                         losses.append(run.accumulate(model, mini.batch, most, _share(config, model, mini, moves)))
+                        moves.share(run, noted)
                         norm = run.update(optimizer)
             count, loss, score = int(batch.completion_mask.sum()), math.fsum(losses) / len(losses), figures[SCORE]
             tokens, episodes = tokens + count, episodes + len(answers)

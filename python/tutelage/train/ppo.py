@@ -33,7 +33,6 @@ from tutelage.objectives import (
     ppo_value,
     whiten,
 )
-from tutelage.optimizer import AdamW
 from tutelage.train.configs import PpoConfig
 from tutelage.train.experience import (
     Episodes,
@@ -100,7 +99,7 @@ def _learn(
     tokenizer = model.tokenizer
     assert tokenizer is not None
     data, text = Batches(prompts, config.seed), _text(run, config, model)
-    longest = longest_sequence(config, model)
+    longest, most = longest_sequence(config, model), config.micro_batch_tokens
     reference = before(model) if config.ref_model is None else load_reference(config.ref_model, model, longest)
     learner = _Learner(run, config, model, _critic(config, judge, model), text)
     averaged = model.clone() if config.ema_decay else None
@@ -132,7 +131,7 @@ def _learn(
         else:
             with run.timed("score"):
                 batch = answers.batch
-                known = token_logprobs(reference, batch, config.micro_batch_tokens, config.temperature)
+                known = run.share(batch, lambda part: token_logprobs(reference, part, most, config.temperature))
                 values = learner.values(batch, step)
                 check_finite(run, "reference's log-prob", known, batch)
                 check_finite(run, "critic's value", values, batch)
@@ -233,7 +232,8 @@ def _text(run: Run, config: PpoConfig, model: Model) -> PackedEpochs | None:
         )
     assert model.tokenizer is not None
     documents = read_text(config.ptx_data, False, 0.0, config.on_bad_row)
-    corpus = Corpus.build(documents, model.tokenizer, run.folder / "corpus")
+    tokenizer = model.tokenizer
+    corpus = run.led(lambda: Corpus.build(documents, tokenizer, run.folder / "corpus"))
     run.say(f"pretraining text: {sum(source.tokens or 0 for source in corpus.sources):,} tokens")
     return PackedEpochs(corpus, length, config.seed)
 
@@ -314,7 +314,7 @@ class _Learner:
             "weight_decay": config.weight_decay,
             "max_grad_norm": config.max_grad_norm,
         }
-        self.optimizer, self.critic_optimizer = AdamW(model, 0.0, **options), AdamW(critic, 0.0, **options)
+        self.optimizer, self.critic_optimizer = run.optimizer(model, **options), run.optimizer(critic, **options)
 
     def set_rates(self, step: int, last: int) -> None:
         config = self._config
@@ -325,11 +325,11 @@ class _Learner:
     def values(self, batch: PackedBatch, step: int) -> Tensor:
         """float32 [N]: the critic's, read after each token, of before the step's first update.
 
-        Where that update reads all answers at once, the forward is already its own: nothing changes in between.
+        Where that update reads all answers at once, in one process, the forward is already its own: nothing changes in between.
         """
-        order = next(self._mini_batches(len(batch), step, 0))
-        if len(order) < len(batch) or batch.tokens.numel() > self._config.micro_batch_tokens:
-            return token_values(self.critic, batch, self._config.micro_batch_tokens)
+        order, most = next(self._mini_batches(len(batch), step, 0)), self._config.micro_batch_tokens
+        if len(order) < len(batch) or batch.tokens.numel() > most or self._config.exact or self._run.ranks.count > 1:
+            return self._run.share(batch, lambda part: token_values(self.critic, part, most))
         self._ahead = self.critic.values(batch.select(order))
         values = torch.empty_like(self._ahead.detach())
         values[batch.places(order)] = self._ahead.detach()
@@ -359,15 +359,17 @@ class _Learner:
         optimizers = [self.optimizer, self.critic_optimizer] if policy else [self.critic_optimizer]
         for optimizer in optimizers:
             optimizer.zero_grad()
+        before, clipped = len(noted.moves.logs), len(noted.value_clipped)
         # The critic first: its values may wait for it, with all that their backward needs.
         value = run.accumulate(
             self.critic, mini.batch, most, lambda part, count, own: self._value(part, count, mini.of(own), noted)
         )
+        noted.value_clipped[clipped:] = [run.gather(noted.value_clipped[clipped:])]
         if policy:
-            before = len(noted.moves.logs)
             loss = run.accumulate(
                 self.model, mini.batch, most, lambda part, count, own: self._policy(part, count, mini.of(own), noted)
             )
+            noted.moves.share(run, before)
             if config.target_kl and noted.moves.approximate_kl(before) > config.target_kl:
                 return False
             noted.add("policy", loss)

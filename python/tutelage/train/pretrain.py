@@ -28,7 +28,6 @@ from tutelage.evaluate import held_out_bits_per_byte
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import cross_entropy
-from tutelage.optimizer import AdamW
 from tutelage.train import picture
 from tutelage.train.configs import PretrainConfig
 from tutelage.train.reading import read_text
@@ -89,12 +88,12 @@ def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str]
     with open_run(config, disk, fault) as run:
         documents = read_text(config.data, config.code, config.held_out_fraction, config.on_bad_row)
         tokenizer = _tokenizer(config, documents)
-        corpus = Corpus.build(documents, tokenizer, run.folder / "corpus")
+        corpus = run.led(lambda: Corpus.build(documents, tokenizer, run.folder / "corpus"))
         data = PackedEpochs(corpus, config.context, config.seed)
         held_out = corpus.held_out()
         model = Model(_shape(config, tokenizer.vocab_size), seed=config.seed, device=config.device)
         model.tokenizer = tokenizer
-        optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+        optimizer = run.optimizer(model, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         _introduce(run, corpus, model, config)
 
         def objective(part: PackedBatch, denominator: int, _: range) -> torch.Tensor:
@@ -121,7 +120,7 @@ def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str]
                 epoch=cursor.epoch + cursor.index / len(data.epoch(cursor.epoch)),
             )
             if step % config.eval_steps == 0 or step == config.max_steps:
-                bits = held_out_bits_per_byte(model, held_out, config.context, config.micro_batch_tokens)
+                bits = held_out_bits_per_byte(model, held_out, config.context, config.micro_batch_tokens, run.share)
                 _log_bits(run, bits)
                 _show_sample(run, model, held_out)
             state = {"cursor": dataclasses.asdict(cursor), "tokens": tokens, "bits": bits}
@@ -211,7 +210,7 @@ def _log_bits(run: Run, bits: Mapping[str, float]) -> None:
 def _show_sample(run: Run, model: Model, held_out: list[HeldOut]) -> None:
     """How the model goes on from the beginning of a document that it has not read; the same draw every time."""
     tokenizer = model.tokenizer
-    if not held_out or tokenizer is None:
+    if not held_out or tokenizer is None or not run.ranks.leads:
         return
     prompt = tokenizer.encode(held_out[0].documents[0][:60])
     room = model.config.max_position_embeddings // 2
@@ -227,6 +226,8 @@ def _baselines(held_out: list[HeldOut]) -> dict[str, float]:
 
 
 def _conclude(run: Run, result: PretrainResult, config: PretrainConfig) -> None:
+    if not run.ranks.leads:
+        return
     if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
         run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", "bits per byte"))
     if result.bits_per_byte:

@@ -76,24 +76,28 @@ def reference_logps(run: Run, model: Model, batch: PackedBatch, max_tokens: int,
         digest.update(tensor.numpy().data)
     key = digest.hexdigest()
     folder = run.folder / REFERENCE / key
-    if folder.exists():
+    kept = torch.zeros(len(batch))
+    if run.ranks.leads and folder.exists():
         try:
-            found = _load(folder, len(batch))
+            kept = _load(folder, len(batch))
             run.say(f"reference log-probs: {folder}")
-            return key, found
         except CheckpointError as damage:
             run.say(f"{damage}: the reference log-probs are computed again")
             files.remove(folder, disk)
+    if run.ranks.exchange(folder.exists())[0]:
+        run.ranks.broadcast(kept)
+        return key, kept
     with run.progress("reference log-probs", len(batch)) as done:
-        found = logps(model, batch, max_tokens, done)
+        found = run.share(batch, lambda part: logps(model, part, max_tokens, done))
     wrong = torch.nonzero(~torch.isfinite(found)).flatten().tolist()
     if wrong:
         raise NonFiniteError(
             f"the reference model's log-prob of sequence {wrong[0]} is {found[wrong[0]].item()}: its weights are damaged"
         )
-    files.make_folder(folder.parent, disk)
-    metadata = {"format_version": str(files.FORMAT_VERSION)}
-    files.write_folder(folder, {TENSORS: safetensors_chunks({_LOGPS: found}, metadata)}, disk)
+    if run.ranks.leads:
+        files.make_folder(folder.parent, disk)
+        metadata = {"format_version": str(files.FORMAT_VERSION)}
+        files.write_folder(folder, {TENSORS: safetensors_chunks({_LOGPS: found}, metadata)}, disk)
     return key, found
 
 

@@ -25,7 +25,6 @@ from tutelage.evaluate import sequence_rewards
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import RankingPairs, ranking_metrics, ranking_pairs, reward_ranking
-from tutelage.optimizer import AdamW
 from tutelage.train.configs import RewardConfig
 from tutelage.train.run import Run, ignore, learning_rate, open_run
 from tutelage.train.tuning import Best, TuningResult, base_model, check_rows, conclude, content, save, size, split
@@ -59,7 +58,7 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
         examples, held_out = _examples(run, config, model, tokenizer)
         demonstrations, fingerprint = _demonstrations(run, config, model, tokenizer, examples)
         data = Batches(examples, config.seed)
-        optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+        optimizer = run.optimizer(model, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         responses = sum(len(example.responses) for example in examples.examples)
         run.say(
@@ -103,10 +102,10 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
                 grad_norm=grad_norm,
                 num_tokens=tokens,
                 epoch=cursor.epoch + cursor.index / len(data),
-                **ranking_metrics(torch.cat(rewards), _pairs(taken)),
+                **ranking_metrics(run.gather(rewards), _pairs(taken)),
             )
             if len(held_out) and (step % config.eval_steps == 0 or step == last):
-                measured = _measure(model, held_out.examples, config)
+                measured = _measure(run, model, held_out.examples, config)
                 run.write_metrics(measured)
                 run.say(
                     f"step {step}: {measured['eval_accuracy']:.1%} of the held-out pairs in the right order, "
@@ -117,7 +116,8 @@ def reward(config: RewardConfig, *, disk: Disk = DISK, fault: Callable[[str], No
             run.end_step(model, optimizer, {**state, **best.state})
 
         selected, measured = best.restore(model, last, measured)
-        scores = sequence_rewards(model, pack(demonstrations), config.micro_batch_tokens).tolist()
+        most = config.micro_batch_tokens
+        scores = run.share(pack(demonstrations), lambda part: sequence_rewards(model, part, most)).tolist()
         model.reward_bias = math.fsum(scores) / len(scores)
         figures = {**measured, "reward_bias": model.reward_bias}
         folder = save(run, model, config, "reward", steps=selected, examples=len(data), tokens=tokens, loss=loss, **figures)
@@ -194,8 +194,8 @@ def _loss(rewards: torch.Tensor, prompts: Sequence[Ranking], config: RewardConfi
     return reward_ranking(rewards, pairs, margin, config.center_rewards_coefficient, denominator)
 
 
-def _measure(model: Model, prompts: Sequence[Ranking], config: RewardConfig) -> dict[str, float]:
-    rewards = sequence_rewards(model, _packed(prompts), config.micro_batch_tokens)
+def _measure(run: Run, model: Model, prompts: Sequence[Ranking], config: RewardConfig) -> dict[str, float]:
+    rewards = run.share(_packed(prompts), lambda part: sequence_rewards(model, part, config.micro_batch_tokens))
     return {
         "eval_loss": _loss(rewards, prompts, config, len(prompts)).item(),
         "eval_accuracy": ranking_metrics(rewards, _pairs(prompts))["accuracy"],

@@ -19,27 +19,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from tutelage import files
+from tutelage import dealing, files
 from tutelage.batch import PackedBatch
 from tutelage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tutelage.dealing import Node
+from tutelage.distributed import Ranks, join
 from tutelage.files import DISK, Disk
 from tutelage.hub.hugging_face import Stage
 from tutelage.model import Model
 from tutelage.optimizer import AdamW, NonFiniteGradientError
+from tutelage.sharding import Reduction
+from tutelage.train.bar import bar, progress
 from tutelage.train.configs import FREE_FIELDS, RunConfig, TrainingConfig, resolved
+from tutelage.train.sharing import shared
 
 CONFIG, METRICS, TIMES = "config.yaml", "metrics.jsonl", "times.jsonl"
 
 _FEWEST_TOKENS = 256
 """Of a micro-batch that is cut so that its logits are kept: the products of fewer rows lose more than that gains."""
+
+T = TypeVar("T")
+
+_LEAF = "exact_leaf"
 
 _LOOP = "loop."
 """Begins the names of a loop's own tensors in a checkpoint."""
@@ -73,20 +81,33 @@ def open_run(config: RunConfig, disk: Disk = DISK, fault: Callable[[str], None] 
     Args:
         config: with every default resolved.
         disk: for tests, which watch it or make it fail.
-        fault: for tests, called with the name of each point of a step that is passed: "micro-batch",
-            "updated", "logged", "saved", and what the loop adds. It may kill the process there.
+        fault: for tests, called with the name of each point of a step that is passed: "micro-batch", of several
+            ranks "reduced", "updated", "logged", "saved", and what the loop adds. It may kill the process there.
 
     Raises:
         RunFolderError: the folder is in use, or holds what would be lost.
         CheckpointError: a checkpoint that cannot be used.
         Interrupted: by SIGINT or SIGTERM, within a step when that is finished and saved, otherwise at once.
+        RankError: of several ranks, where one died, hangs or stopped.
     """
     folder = Path(config.output_dir)
-    with files.claim_run_folder(folder, config.resume, config.overwrite, disk) as start, ExitStack() as stack:
-        run = Run(folder, config, None if start is None else load_checkpoint(start), disk, fault)
+    with join(config.rank_timeout) as ranks, ExitStack() as stack:
+        start = _claimed(config, folder, ranks, disk, stack)
+        run = Run(folder, config, None if start is None else load_checkpoint(start), disk, fault, ranks)
         stack.enter_context(_signals(run))
         stack.callback(run.close)
         yield run
+
+
+def _claimed(config: RunConfig, folder: Path, ranks: Ranks, disk: Disk, stack: ExitStack) -> Path | None:
+    """The checkpoint to start from. One rank claims the folder for all; started again by torchrun they go on by themselves."""
+    start: Path | None = None
+    if ranks.leads:
+        again = ranks.restarted and config.resume is None
+        resume, overwrite = ("auto", False) if again else (config.resume, config.overwrite)
+        start = stack.enter_context(files.claim_run_folder(folder, resume, overwrite, disk))
+    told = ranks.exchange(None if start is None else str(start))[0]
+    return None if told is None else Path(told)
 
 
 class Run:
@@ -99,9 +120,13 @@ class Run:
         checkpoint: Checkpoint | None,
         disk: Disk,
         fault: Callable[[str], None],
+        ranks: Ranks | None = None,
     ) -> None:
         self.folder = folder
-        self.console = Console()
+        self.ranks = ranks or Ranks()
+        """That train together; the leading one alone writes and speaks."""
+        self.console = Console(quiet=not self.ranks.leads)
+        self._speaks = self.ranks.leads and self.console.is_terminal
         self.step = 0 if checkpoint is None else checkpoint.step
         """The step in progress, or the last one done; 0: none yet."""
         self.received: int | None = None
@@ -126,7 +151,9 @@ class Run:
         self._timing = False
         self._others: Mapping[str, AdamW] = {}
         self._bar: Bar | None = None
-        self._board = _tensorboard(folder, self.step) if config.report_to == "tensorboard" else None
+        self._optimizers: dict[int, AdamW] = {}  # by the id of their model
+        wanted = config.report_to == "tensorboard" and self.ranks.leads
+        self._board = _tensorboard(folder, self.step) if wanted else None
 
     def say(self, text: str) -> None:
         """One line to the reader."""
@@ -135,14 +162,19 @@ class Run:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar on a terminal, for work before the steps; tell what is yielded how much of `total` is done."""
-        if not self.console.is_terminal:
+        if not self._speaks:
             yield lambda done: None
             return
-        with _bar(self.console) as bar:
-            task = bar.add_task("", total=total, figures=what)
-            yield lambda done: bar.update(task, completed=done)
+        with progress(self.console, what, total) as done:
+            yield done
 
     # ---- the state
+
+    def optimizer(self, model: Model, **options: Any) -> AdamW:
+        """What updates a model in this run; `accumulate` gives it the gradients of all ranks. options: see `AdamW`."""
+        optimizer = AdamW(model, 0.0, ranks=self.ranks, exact=self._config.exact, **options)
+        self._optimizers[id(model)] = optimizer
+        return optimizer
 
     def start(
         self,
@@ -163,6 +195,8 @@ class Run:
         self._fingerprint, self._base, self._others = fingerprint, base, others or {}
         loop = {} if self._checkpoint is None else self._restore(self._checkpoint, model, optimizer)
         self._checkpoint = None  # its tensors are copied: give the memory back
+        if not self.ranks.leads:
+            return loop
         document = {"format_version": files.FORMAT_VERSION, **resolved(self._config)}
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         files.write_file_atomic(self.folder / CONFIG, text.encode(), self._disk)
@@ -174,11 +208,16 @@ class Run:
         saved, tensors = checkpoint.state, checkpoint.tensors
         begun = saved["config"]
         for name, value in self._identity().items():
-            if begun.get(name) != value:
+            if begun.get(name) != value and name != _LEAF:
                 raise ValueError(
                     f"cannot resume {checkpoint.folder}: {name} is {value!r}, but that run was started "
                     f"with {begun.get(name)!r}; give the same, or start a new run in another --output_dir"
                 )
+        if begun.get(_LEAF) != self._identity().get(_LEAF):
+            raise ValueError(
+                f"cannot resume {checkpoint.folder}: that run was started {_told_leaf(begun.get(_LEAF))}, this one is to go on "
+                f"{_told_leaf(self._identity().get(_LEAF))}; give the same, or start a new run in another --output_dir"
+            )
         if saved["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"cannot resume {checkpoint.folder}: the data or the tokenizer is not what that run read; "
@@ -208,32 +247,24 @@ class Run:
 
     def _identity(self) -> dict[str, object]:
         """The options that the weights depend on."""
-        return {name: value for name, value in resolved(self._config).items() if name not in FREE_FIELDS}
+        own = {name: value for name, value in resolved(self._config).items() if name not in FREE_FIELDS}
+        return {**own, _LEAF: self._config.exact_leaf} if self._config.exact else own
 
     def _save(self, model: Model, optimizer: AdamW, loop: Mapping[str, Any]) -> None:
-        if (self.folder / METRICS).exists():
+        if self.ranks.leads and (self.folder / METRICS).exists():
             files.sync_file(self.folder / METRICS, self._disk)
         own = optimizer.state_dict()
         tensors = {name: value for name, value in loop.items() if isinstance(value, torch.Tensor)}
-        others = {
-            f"{name}.{part}": tensor
-            for name, other in self._others.items()
-            for part, tensor in (
-                ("params", other.model.params),
-                ("exp_avg", other.exp_avg),
-                ("exp_avg_sq", other.exp_avg_sq),
-            )
-        }
+        ours = {_LOOP + name: tensor for name, tensor in tensors.items()}
+        learned: dict[str, tuple[AdamW, torch.Tensor]] = {}
+        for prefix, one in {"": optimizer, **{f"{name}.": other for name, other in self._others.items()}}.items():
+            parts = {"params": one.own_part(one.model.params), "exp_avg": one.exp_avg, "exp_avg_sq": one.exp_avg_sq}
+            learned |= {prefix + part: (one, tensor) for part, tensor in parts.items()}
+        together = self.ranks.count > 1
         save_checkpoint(
             self.folder,
             self.step,
-            {
-                "params": model.params,
-                "exp_avg": own["exp_avg"],
-                "exp_avg_sq": own["exp_avg_sq"],
-                **others,
-                **{_LOOP + name: tensor for name, tensor in tensors.items()},
-            },
+            ours if together else {**{name: tensor for name, (_, tensor) in learned.items()}, **ours},
             {
                 "config": self._identity(),
                 "fingerprint": self._fingerprint,
@@ -245,6 +276,8 @@ class Run:
             },
             keep=self._config.save_total_limit,
             disk=self._disk,
+            ranks=self.ranks,
+            shards={name: (one.layout, tensor) for name, (one, tensor) in learned.items()} if together else None,
         )
         self.fault("saved")
 
@@ -254,8 +287,8 @@ class Run:
         """The numbers of the steps still to do, up to `last`; end each with `end_step`."""
         self._first_step, self._last_step = self.step, last
         self._started = time.monotonic()
-        if self.console.is_terminal and self.step < last:
-            self._bar = _bar(self.console)
+        if self._speaks and self.step < last:
+            self._bar = bar(self.console)
             self._bar.start()
             self._bar.add_task("", total=last, completed=self.step, figures="")
         self.training = self.step < last
@@ -281,18 +314,100 @@ class Run:
         Fewer where the model would not keep the logits of so many and had to compute them again.
         groups: the sequences that the objective needs together, see `PackedBatch.split`.
 
+        Of several ranks each does its share of the sequences, and the sum of their gradients goes to the model's optimizer.
+        exact: leaf by leaf along a tree, so that the sum does not depend on the number of ranks.
+
         The gradients are the same bits for any max_tokens (P4). Raises NonFiniteError, and as `PackedBatch.split`.
         """
         denominator = int(batch.completion_mask.sum())
-        loss, first = 0.0, 0
-        for part in batch.split(min(max_tokens, _kept_at_once(model, batch, groups)), groups):
+        most = min(max_tokens, _kept_at_once(model, batch, groups))
+        sizes = [1] * len(batch) if groups is None else list(groups)
+
+        def through(units: range, reduction: Reduction | None = None) -> float:
+            first = sum(sizes[: units.start])
+            own = sizes[units.start : units.stop]
+            part = batch if len(own) == len(sizes) else batch.part(range(first, first + sum(own)))
+            parts = part.split(most, None if groups is None else own)
+            return self._through(model, parts, first, objective, denominator, reduction)
+
+        if self._config.exact:
+            return self._exactly(model, batch.lengths, sizes, through)
+        if self.ranks.count == 1:
+            return through(range(len(sizes)))
+        optimizer = self._optimizers[id(model)]
+        shares = dealing.deal(_sums(batch.lengths, sizes), self.ranks.count)
+        own = shares[self.ranks.rank]
+        reduction = optimizer.reduction([len(share) > 0 for share in shares])
+        model.zero_grad()
+        loss = through(own, reduction) if own else 0.0
+        reduction.finish()
+        self.fault("reduced")
+        return math.fsum(self.ranks.exchange(loss))
+
+    def _exactly(
+        self,
+        model: Model,
+        lengths: Sequence[int],
+        sizes: Sequence[int],
+        through: Callable[[range, Reduction | None], float],
+    ) -> float:
+        """The gradient, and the loss, as sums along the one tree of the step's leaves."""
+        leaves = dealing.leaves(sizes, self._config.exact_leaf)
+        tree = dealing.tree(_sums(lengths, [len(leaf) for leaf in leaves]))
+        nodes = dealing.share_out(tree, self.ranks.count)
+        ends = list(itertools.accumulate(sizes, initial=0))
+        reduction = self._optimizers[id(model)].reduction([node is not None for node in nodes])
+        losses: list[float] = []
+
+        def walk(node: Node, last: bool) -> None:
+            """last: nothing of this rank comes after it, so that its left parts are added bucket by bucket."""
+            if node.halves is None:
+                leaf = leaves[node.first]
+                model.zero_grad()
+                units = range(ends.index(leaf.start), ends.index(leaf.stop))
+                losses.append(through(units, reduction if last else None))
+                return
+            walk(node.halves[0], False)
+            reduction.before.append(model._settled_grads().clone())
+            walk(node.halves[1], last)
+            if not last:
+                model._settled_grads().add_(reduction.before.pop())
+
+        own = nodes[self.ranks.rank]
+        if own is not None:
+            walk(own, True)
+        reduction.finish()
+        self.fault("reduced")
+        whole: list[float] = [loss for told in self.ranks.exchange(losses) for loss in told]
+        return dealing.fold_tree(tree, whole, lambda left, right: left + right)
+
+    def _through(
+        self,
+        model: Model,
+        parts: Sequence[PackedBatch],
+        first: int,
+        objective: Objective,
+        denominator: int,
+        reduction: Reduction | None,
+    ) -> float:
+        """Forward and backward over consecutive parts of a step's batch; first: which of the step's sequences is their first.
+
+        reduction: the gradient is finished with the last part, and sent while its backward runs.
+        """
+        loss = 0.0
+        for number, part in enumerate(parts, 1):
+            graphs = model.graphs
             share = objective(part, denominator, range(first, first + len(part)))
             if not math.isfinite(share.item()):
                 raise NonFiniteError(
                     f"step {self.step}: the loss is {share.item()}; the update was not applied. "
                     f"{_culprit(model, part, first)}. {self.advice()}"
                 )
-            share.backward()  # type: ignore[no-untyped-call]
+            if reduction is not None and number == len(parts) and model.graphs == graphs + 1:
+                with model.telling(reduction.ready):
+                    share.backward()  # type: ignore[no-untyped-call]
+            else:
+                share.backward()  # type: ignore[no-untyped-call]
             loss += share.item()
             first += len(part)
             self.fault("micro-batch")
@@ -319,6 +434,21 @@ class Run:
         newest = files.newest_complete(self.folder)
         back = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet"
         return f"{back}; a lower learning_rate or max_grad_norm usually helps, in a new run"
+
+    def gather(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the micro-batches of a step have measured, vectors, in the step's order: this rank's and the others'."""
+        return self.ranks.gather(parts)
+
+    def share(self, batch: PackedBatch, compute: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:
+        """What `compute` gives for the batch, without gradient; each rank does a part of it, see `sharing.shared`."""
+        return shared(self.ranks, batch, compute)
+
+    def led(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which leaves something on the disk: one rank does it first, and the others find it done."""
+        if self.ranks.leads:
+            found = work()
+        self.ranks.barrier()
+        return found if self.ranks.leads else work()
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -364,7 +494,7 @@ class Run:
         self._losses = []
         self.write_metrics({"loss": mean, **figures})
         shares = self.shares()
-        if shares:
+        if shares and self.ranks.leads:
             record = {"step": self.step, "seconds": time.monotonic() - self._started, **shares}
             files.append_json_line(self.folder / TIMES, record, self._disk)
         if self._board is not None:
@@ -382,6 +512,8 @@ class Run:
 
     def write_metrics(self, figures: Mapping[str, float]) -> None:
         """Adds a line to metrics.jsonl: the step, these figures. No times: equal runs write equal bytes."""
+        if not self.ranks.leads:
+            return
         files.append_json_line(self.folder / METRICS, {"step": self.step, **figures}, self._disk)
         if self._board is not None:
             for name, value in figures.items():
@@ -393,7 +525,8 @@ class Run:
 
         Raises Interrupted, when it has saved, if a signal has arrived.
         """
-        stop = self.received  # read once: a signal that comes later than this waits for the next step
+        # Read once: a signal that comes later than this waits for the next step. One that a rank has got stops all.
+        stop = next((number for number in self.ranks.exchange(self.received) if number is not None), None)
         if stop is not None or self.step % self._config.save_steps == 0 or self.step == self._last_step:
             self._save(model, optimizer, loop)
         if stop is not None:
@@ -408,7 +541,8 @@ class Run:
         figures = {name: value for name, value in sorted(came_to.items()) if value is not None and math.isfinite(value)}
         stage = Stage(command, {**_chosen(self._config), **figures})
         folder = self.folder / "model"
-        model.save_pretrained(folder, stage=stage)
+        if self.ranks.leads:
+            model.save_pretrained(folder, stage=stage)
         return folder
 
     def interruption(self, number: int) -> Interrupted:
@@ -515,6 +649,16 @@ def _chosen(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _sums(lengths: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Of consecutive groups of so many sizes."""
+    entries = iter(lengths)
+    return [sum(itertools.islice(entries, size)) for size in sizes]
+
+
+def _told_leaf(leaf: object) -> str:
+    return "without exact" if leaf is None else f"with exact and exact_leaf {leaf}"
+
+
 def _kept_at_once(model: Model, batch: PackedBatch, groups: Sequence[int] | None) -> int:
     """How many tokens have their logits kept between forward and backward, or what the longest group of the batch has."""
     if model.head == "scalar":
@@ -541,16 +685,6 @@ def _culprit(model: Model, batch: PackedBatch, first: int) -> str:
     if not rows:
         return f"Every {what} is finite: the objective makes the number"
     return f"Sequences {', '.join(rows[:8])} of the step have {what}s that are not finite"
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -22,9 +22,9 @@ from tutelage.evaluate import held_out_loss, load_reward_model, mean_reward
 from tutelage.files import DISK, Disk
 from tutelage.model import Model
 from tutelage.objectives import cross_entropy, load_objective
-from tutelage.optimizer import AdamW
 from tutelage.train.configs import SftConfig
 from tutelage.train.run import Run, ignore, learning_rate, open_run
+from tutelage.train.sharing import answers
 from tutelage.train.tuning import (
     Best,
     TuningResult,
@@ -86,7 +86,7 @@ def sft(
             else load_reward_model(config.reward_model, tokenizer, model.base, model.device_name)
         )
         model.eos_token_ids = stops(model, tokenizer, examples)
-        optimizer = AdamW(model, 0.0, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+        optimizer = run.optimizer(model, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)
         run.say(
             f"model: {size(model)}; {len(data)} examples to learn from, {len(held_out)} held out; "
@@ -101,17 +101,17 @@ def sft(
             optimizer.lr = learning_rate(config, step, last)
             taken, cursor = data.take(cursor, config.batch_size)
             batch = packed(taken)
-            entropies: list[float] = []
+            entropies: list[torch.Tensor] = []
 
             def share(
                 part: PackedBatch,
                 denominator: int,
                 sequences: range,
                 rows: Sequence[Example] = taken,
-                entropies: list[float] = entropies,
+                entropies: list[torch.Tensor] = entropies,
             ) -> torch.Tensor:
                 out = model.score(part, completion_only=objective is None)
-                entropies += part.sum(out.entropy.detach()).tolist()
+                entropies.append(part.sum(out.entropy.detach()))
                 if objective is None:
                     return cross_entropy(out.logprobs, part.completion_mask, denominator)
                 columns = {DENOMINATOR: denominator, **columns_of([rows[index] for index in sequences])}
@@ -129,10 +129,10 @@ def sft(
                 grad_norm=grad_norm,
                 num_tokens=tokens,
                 epoch=cursor.epoch + cursor.index / len(data),
-                entropy=math.fsum(entropies) / count,
+                entropy=math.fsum(run.gather(entropies).tolist()) / count,
             )
             if len(held_out) and (step % config.eval_steps == 0 or step == last):
-                measured = _measure(model, judge, held_out.examples, config)
+                measured = _measure(run, model, judge, held_out.examples, config)
                 run.write_metrics(measured)
                 liked = f", reward {measured['eval_reward']:.3f}" if judge else ""
                 run.say(f"step {step}: loss {measured['eval_loss']:.3f}{liked} on the held-out examples")
@@ -176,11 +176,11 @@ def _examples(
     return split(loaded, config)
 
 
-def _measure(model: Model, judge: Model | None, held_out: Sequence[Example], config: SftConfig) -> dict[str, float]:
-    measured = {"eval_loss": held_out_loss(model, packed(held_out), config.micro_batch_tokens)}
+def _measure(run: Run, model: Model, judge: Model | None, held_out: Sequence[Example], config: SftConfig) -> dict[str, float]:
+    measured = {"eval_loss": held_out_loss(model, packed(held_out), config.micro_batch_tokens, run.share)}
     if judge is not None:
         # Up to the first token that is learned.
         prompts = [example.tokens[: int(np.argmax(example.mask))].tolist() for example in held_out]
-        answers = model.generate(prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
-        measured["eval_reward"] = mean_reward(judge, answers, config.micro_batch_tokens)
+        given = answers(run.ranks, model, prompts, config.max_completion_length, temperature=0.0)
+        measured["eval_reward"] = mean_reward(judge, given, config.micro_batch_tokens, run.share)
     return measured

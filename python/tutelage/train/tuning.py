@@ -231,6 +231,8 @@ def conclude(run: Run, result: TuningResult, config: TuningConfig, command: str,
 
     unit: of the losses, as in "nats per token" or "per example".
     """
+    if not run.ranks.leads:
+        return
     if config.plot and (run.folder / METRICS).exists():  # not where a finished run was resumed in another folder
         run.say(picture.show(run.folder / METRICS, run.folder / "loss.png", unit))
     measured = "" if result.eval_loss is None else f", {result.eval_loss:.3f} on the held-out examples"
