@@ -9,8 +9,10 @@
 #include "cuda/ptx/bf16.h"
 #include "cuda/simt/simt.h"
 #include "kernels/adamw.h"
+#include "kernels/cached_attention.h"
 #include "kernels/column_sum.h"
 #include "kernels/embedding.h"
+#include "kernels/flash_attention.h"
 #include "kernels/gelu.h"
 #include "kernels/layer_norm.h"
 #include "kernels/rms_norm.h"
@@ -33,6 +35,15 @@ void gelu(const Gelu& g, cudaStream_t stream);
 void gelu_backward(const GeluBackward& g, cudaStream_t stream);
 void embedding(const Embedding& g, cudaStream_t stream);
 void embedding_backward(const EmbeddingBackward& g, cudaStream_t stream);
+
+// head_dim: a multiple of 8 up to 128, else std::invalid_argument. Pitches are multiples of 8, pointers of 16 bytes. Read on
+// the host: the shape's tokens and longest, a cache's most_rows and most_positions; the lists lie in device memory.
+// scratch: as many bytes of device memory as asked for (0: null will do), aligned to 16 bytes, for this call alone.
+void flash_attention(const Attention& g, cudaStream_t stream);
+std::int64_t flash_attention_backward_scratch_bytes(const AttentionBackward& g);
+void flash_attention_backward(const AttentionBackward& g, cudaStream_t stream, void* scratch);
+std::int64_t cached_attention_scratch_bytes(const CachedAttention& g);
+void cached_attention(const CachedAttention& g, cudaStream_t stream, void* scratch);
 
 void scalar_head(const cuda::ScalarHead& g, cudaStream_t stream);
 void scalar_head_backward(const cuda::ScalarHeadBackward& g, cudaStream_t stream);

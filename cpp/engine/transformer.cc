@@ -58,7 +58,9 @@ AttentionShape Transformer::attention_shape(const Graph& g, std::size_t index) c
           config_.head_dim,
           true,
           config_.window(index),
-          1 / std::sqrt(static_cast<double>(config_.head_dim))};
+          1 / std::sqrt(static_cast<double>(config_.head_dim)),
+          g.tokens_,
+          g.longest_};
 }
 
 // Every array of a graph, in the order of use. With a plan that has no memory: how many bytes that is.
@@ -226,6 +228,11 @@ void Transformer::place_cache_rows(Graph& g) const {
   g.sources_.host = rows.sources, g.cache_cu_rows_.host = rows.cu_rows, g.cache_first_.host = rows.first_position;
   for (Placed<std::int32_t>* indices : {&g.sources_, &g.cache_cu_rows_, &g.cache_first_}) indices->place(table_);
   g.cache_lists_.host = rows.blocks;
+  for (std::size_t i = 0; i < rows.blocks.size(); ++i) {
+    const std::int64_t due = rows.cu_rows[i + 1] - rows.cu_rows[i];
+    g.most_cache_rows_ = std::max(g.most_cache_rows_, due);
+    g.most_cache_positions_ = std::max(g.most_cache_positions_, rows.first_position[i] + due);
+  }
   if (table_.upload == nullptr) return;
   std::vector<std::size_t> begins;
   for (std::size_t i = 0; i < rows.blocks.size(); ++i) {
@@ -255,6 +262,7 @@ void Transformer::attend(const Graph& g, std::size_t index, const void* queries,
   c.offset = static_cast<std::int64_t>(index) * cached_attention_elements(c.kv_heads, c.head_dim);
   c.q = queries, c.k = keys, c.v = values, c.q_row = c.k_row = qk_row, c.v_row = config_.qkv_width();
   c.o = a.o, c.o_row = q;
+  c.most_rows = g.most_cache_rows_, c.most_positions = g.most_cache_positions_;
   table_.cached_attention(c, threads);
 }
 
@@ -294,7 +302,7 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& w
       g.targets_.host.push_back(batch.ids[i]);
     }
   }
-  g.rows_ = static_cast<std::int64_t>(g.sources_.host.size());
+  g.longest_ = longest, g.rows_ = static_cast<std::int64_t>(g.sources_.host.size());
   for (Placed<std::int32_t>* indices : {&g.cu_seqlens_, &g.sources_, &g.outputs_, &g.targets_}) indices->place(table_);
   if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
   run_blocks(g, weights.params, options);
