@@ -29,6 +29,15 @@ void on_stream(const Arguments& g, int) {
   kernel(g, current_stream());
 }
 
+// The same for a kernel that needs scratch memory.
+template <class Arguments, std::int64_t (*bytes)(const Arguments&), void (*kernel)(const Arguments&, cudaStream_t, void*)>
+void with_scratch(const Arguments& g, int) {
+  const std::int64_t n = bytes(g);
+  if (n == 0) return kernel(g, current_stream(), nullptr);
+  const Scratch<char> scratch(n);
+  kernel(g, current_stream(), scratch.get());
+}
+
 // What the engine writes as products with one row or one column of another type: the scalar head.
 void scalar_head_of(const Matmul& g, cudaStream_t stream) {
   cuda::ScalarHead head;
@@ -139,7 +148,7 @@ const KernelTable* table() {
     t.name = "cuda", t.activation_size = 2, t.state_size = 4;
     t.matmul = run_matmul;
     t.flash_attention = on_stream<Attention, flash_attention>;
-    t.flash_attention_backward = on_stream<AttentionBackward, flash_attention_backward>;
+    t.flash_attention_backward = with_scratch<AttentionBackward, flash_attention_backward_scratch_bytes, flash_attention_backward>;
     t.rms_norm = on_stream<RmsNorm, rms_norm>;
     t.rms_norm_backward = on_stream<RmsNormBackward, rms_norm_backward>;
     t.layer_norm = on_stream<LayerNorm, layer_norm>;
@@ -152,9 +161,9 @@ const KernelTable* table() {
     t.gelu_backward = on_stream<GeluBackward, gelu_backward>;
     t.embedding = on_stream<Embedding, embedding>;
     t.embedding_backward = on_stream<EmbeddingBackward, embedding_backward>;
-    t.linear_logprob = on_stream<LinearLogprob, linear_logprob>;
-    t.linear_logprob_backward = on_stream<LinearLogprobBackward, linear_logprob_backward>;
-    t.cached_attention = on_stream<CachedAttention, cached_attention>;
+    t.linear_logprob = with_scratch<LinearLogprob, linear_logprob_scratch_bytes, linear_logprob>;
+    t.linear_logprob_backward = with_scratch<LinearLogprobBackward, linear_logprob_backward_scratch_bytes, linear_logprob_backward>;
+    t.cached_attention = with_scratch<CachedAttention, cached_attention_scratch_bytes, cached_attention>;
     t.sample = run_sample;
     t.adamw = run_adamw;
     t.total = on_stream<Total, total>;

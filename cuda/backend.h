@@ -53,12 +53,19 @@ void gelu_backward(const GeluBackward& g, cudaStream_t stream);
 void embedding(const Embedding& g, cudaStream_t stream);
 void embedding_backward(const EmbeddingBackward& g, cudaStream_t stream);
 
+// scratch: as many bytes of device memory as asked for (0: null will do), aligned to 16 bytes, for this call alone.
 void matmul(const Matmul& g, cudaStream_t stream);
-void linear_logprob(const LinearLogprob& g, cudaStream_t stream);
-void linear_logprob_backward(const LinearLogprobBackward& g, cudaStream_t stream);
+std::int64_t linear_logprob_scratch_bytes(const LinearLogprob& g);
+void linear_logprob(const LinearLogprob& g, cudaStream_t stream, void* scratch);
+std::int64_t linear_logprob_backward_scratch_bytes(const LinearLogprobBackward& g);
+void linear_logprob_backward(const LinearLogprobBackward& g, cudaStream_t stream, void* scratch);
+// head_dim: a multiple of 8 up to 128, else std::invalid_argument. Pitches are multiples of 8, pointers of 16 bytes. Read on
+// the host: the shape's tokens and longest, a cache's most_rows and most_positions; the lists lie in device memory.
 void flash_attention(const Attention& g, cudaStream_t stream);
-void flash_attention_backward(const AttentionBackward& g, cudaStream_t stream);
-void cached_attention(const CachedAttention& g, cudaStream_t stream);
+std::int64_t flash_attention_backward_scratch_bytes(const AttentionBackward& g);
+void flash_attention_backward(const AttentionBackward& g, cudaStream_t stream, void* scratch);
+std::int64_t cached_attention_scratch_bytes(const CachedAttention& g);
+void cached_attention(const CachedAttention& g, cudaStream_t stream, void* scratch);
 
 void scalar_head(const cuda::ScalarHead& g, cudaStream_t stream);
 void scalar_head_backward(const cuda::ScalarHeadBackward& g, cudaStream_t stream);

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -231,7 +232,9 @@ struct AttentionArguments {
     if (window < 0) throw ArgumentError("window must be at least 1, or none, but it is " + std::to_string(window));
     if (window > 0 && !causal) throw ArgumentError("a window needs causal attention");
     require_positive(scale, "scale");
-    shape = {sequences.count, sequences.data(), heads, kv_heads, head_dim, causal, window, scale};
+    shape = {sequences.count, sequences.data(), heads, kv_heads, head_dim, causal, window, scale, tokens};
+    for (std::int64_t s = 0; s < sequences.count; ++s)
+      shape.longest = std::max<std::int64_t>(shape.longest, sequences.data()[s + 1] - sequences.data()[s]);
   }
   std::int64_t q_row() const { return heads * head_dim; }
   std::int64_t k_row() const { return kv_heads * head_dim; }
