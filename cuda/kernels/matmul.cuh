@@ -122,36 +122,48 @@ __device__ __forceinline__ void load_b(std::uint32_t (&f)[4], const bf16* stage,
     ldmatrix_x4_trans(f, stage + S::at(kk + lane % 16, column / kChunk));
 }
 
-// Two neighbours of a row; `both`: the second is there, `pairs`: and one access may move both.
-template <class T>
-__device__ __forceinline__ Pack<float, 2> load_pair(const T* p, bool both, bool pairs) {
-  Pack<T, 2> v;
-  if (pairs) {
-    v = ld_global(reinterpret_cast<const Pack<T, 2>*>(p));
-  } else {
-    v[0] = ld_global(p);
-    v[1] = both ? ld_global(p + 1) : T{};
+// Eight neighbours of a row, of which n are there; `whole`: all are, and 16 bytes are read or written at a time.
+using Eight = Pack<float, kChunk>;
+__device__ __forceinline__ Eight load_eight(const bf16* p, int n, bool whole) {
+  const Chunk v = whole ? load_chunk<true>(p, kChunk) : load_chunk<false>(p, n);
+  Eight x;
+  SIMT_UNROLL
+  for (int i = 0; i < kChunk; ++i) x[i] = to_float(v[i]);
+  return x;
+}
+__device__ __forceinline__ Eight load_eight(const float* p, int n, bool whole) {
+  Eight x;
+  SIMT_UNROLL
+  for (int i = 0; i < kChunk; i += 4) {
+    if (whole) {
+      const Pack<float, 4> v = ld_global(reinterpret_cast<const Pack<float, 4>*>(p + i));
+      x[i] = v[0], x[i + 1] = v[1], x[i + 2] = v[2], x[i + 3] = v[3];
+    } else {
+      SIMT_UNROLL
+      for (int k = i; k < i + 4; ++k) x[k] = k < n ? ld_global(p + k) : 0.0f;
+    }
   }
-  if constexpr (sizeof(T) == 2)
-    return {{to_float(v[0]), to_float(v[1])}};
+  return x;
+}
+__device__ __forceinline__ void store_eight(bf16* p, const Eight& x, int n, bool whole) {
+  Chunk v;
+  SIMT_UNROLL
+  for (int i = 0; i < kChunk; ++i) v[i] = to_bf16(x[i]);
+  if (whole)
+    store_chunk<true>(p, kChunk, v);
   else
-    return {{v[0], v[1]}};
+    store_chunk<false>(p, n, v);
 }
-__device__ __forceinline__ void store_pair(bf16* p, const Pack<float, 2>& v, bool both, bool pairs) {
-  if (pairs) {
-    const std::uint32_t packed = pack_bf16x2(v[0], v[1]);
-    st_global(reinterpret_cast<std::uint32_t*>(p), packed);
-  } else {
-    st_global(p, to_bf16(v[0]));
-    if (both) st_global(p + 1, to_bf16(v[1]));
-  }
-}
-__device__ __forceinline__ void store_pair(float* p, const Pack<float, 2>& v, bool both, bool pairs) {
-  if (pairs) {
-    st_global(reinterpret_cast<Pack<float, 2>*>(p), v);
-  } else {
-    st_global(p, v[0]);
-    if (both) st_global(p + 1, v[1]);
+__device__ __forceinline__ void store_eight(float* p, const Eight& x, int n, bool whole) {
+  SIMT_UNROLL
+  for (int i = 0; i < kChunk; i += 4) {
+    if (whole) {
+      st_global(reinterpret_cast<Pack<float, 4>*>(p + i), Pack<float, 4>{{x[i], x[i + 1], x[i + 2], x[i + 3]}});
+    } else {
+      SIMT_UNROLL
+      for (int k = i; k < i + 4; ++k)
+        if (k < n) st_global(p + k, x[k]);
+    }
   }
 }
 __device__ __forceinline__ float rounded(float x) { return to_float(to_bf16(x)); }
@@ -160,14 +172,16 @@ struct Product {
   Matmul g;
   Depth depth;
   int64_t tiles_m, tiles_n;  // of C
-  bool pairs;                // neighbours may be moved together
+  bool chunks;               // eight neighbours of C and of what goes with it may be moved together
 };
 
 template <int M, int N, int WarpsM, int Stages, Lies a_lies, Lies b_lies, bool Aligned>
 struct ProductShape {
   static constexpr int kWarpsN = 4 / WarpsM, kWarpM = M / WarpsM, kWarpN = N / kWarpsN;
   static constexpr int kSteps = kWarpM / 16, kColumns = kWarpN / 8, kHalf = N / 2;
-  static constexpr int kBytes = Stages * (M + N) * kProductDepth * 2;
+  static constexpr int kPitch = N + 8;  // of a warp row's sums in shared memory: eight rows' neighbours lie in different banks
+  static constexpr int kStageBytes = Stages * (M + N) * kProductDepth * 2, kSumBytes = kWarpM * kPitch * 4;
+  static constexpr int kBytes = kStageBytes > kSumBytes ? kStageBytes : kSumBytes;
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
   // The tile's column at which the j-th 8 of warp column w begin.
   static __device__ __forceinline__ int column(int w, int j) {
@@ -209,30 +223,58 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
     }
     cp_async_commit();
   };
-  for (int s = 0; s < Stages - 1; ++s) fetch(s);
-
-  // This thread's rows and columns: row(i, h) and the one beside column(j).
-  auto row_of = [&](int i, int h) { return tile_m * M + warp_m * Shape::kWarpM + i * 16 + lane / 4 + h * 8; };
-  auto column_of = [&](int j) { return b.row(Shape::column(warp_n, j) + lane % 4 * 2); };
-  auto end_of = [&](int j) { return b.end(Shape::column(warp_n, j)); };
+  // The tile goes from registers to memory, and back, through shared memory: 16 bytes at a time, a row of warps after the other.
+  float* const sums = dyn_smem<float>();
+  auto in_sums = [&](int i, int j, int h) {
+    return sums + (i * 16 + h * 8 + lane / 4) * Shape::kPitch + Shape::column(warp_n, j) + lane % 4 * 2;
+  };
+  // use(row, column, how many, place in `sums`) for the chunks of eight columns that are this thread's; of SwiGLU's the gate's.
+  auto each_chunk_of_sums = [&](int upper, auto use) {
+    const int chunks = (swiglu ? Shape::kHalf : N) / kChunk;
+    for (int i = static_cast<int>(threadIdx.x); i < Shape::kWarpM * chunks; i += kProductThreads) {
+      const int in_tile = i / chunks, column = i % chunks * kChunk;
+      const int64_t row = tile_m * M + upper * Shape::kWarpM + in_tile, left = b.first_end - b.first - column;
+      if (row < g.m && left > 0)
+        use(row, b.first + column, left < kChunk ? static_cast<int>(left) : kChunk, sums + in_tile * Shape::kPitch + column);
+    }
+  };
+  auto load_sums = [&](const float* p) {
+    const Pack<float, 4> low = ld_shared(reinterpret_cast<const Pack<float, 4>*>(p));
+    const Pack<float, 4> high = ld_shared(reinterpret_cast<const Pack<float, 4>*>(p) + 1);
+    return Eight{{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}};
+  };
 
   float c[kSteps][kColumns][4];
   SIMT_UNROLL
   for (int i = 0; i < kSteps; ++i) SIMT_UNROLL
   for (int j = 0; j < kColumns; ++j) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0;
-  if (g.accumulate) {
-    SIMT_UNROLL
-    for (int i = 0; i < kSteps; ++i) SIMT_UNROLL
-    for (int h = 0; h < 2; ++h) SIMT_UNROLL
-    for (int j = 0; j < kColumns; ++j) {
-      const int64_t row = row_of(i, h), column = column_of(j), end = end_of(j);
-      if (row >= g.m || column >= end) continue;
-      const int64_t at = row * g.c_row + column;
-      const Pack<float, 2> start = g.c_state ? load_pair(static_cast<const float*>(g.c) + at, column + 1 < end, product.pairs)
-                                             : load_pair(static_cast<const bf16*>(g.c) + at, column + 1 < end, product.pairs);
-      c[i][j][2 * h] = start[0], c[i][j][2 * h + 1] = start[1];
+  if (g.accumulate) {  // not with an activation
+    for (int upper = 0; upper < WarpsM; ++upper) {
+      each_chunk_of_sums(upper, [&](int64_t row, int64_t column, int n, float* place) {
+        const int64_t at = row * g.c_row + column;
+        const bool whole = product.chunks && n == kChunk;
+        const Eight start = g.c_state ? load_eight(static_cast<const float*>(g.c) + at, n, whole)
+                                      : load_eight(static_cast<const bf16*>(g.c) + at, n, whole);
+        st_shared(reinterpret_cast<Pack<float, 4>*>(place), Pack<float, 4>{{start[0], start[1], start[2], start[3]}});
+        st_shared(reinterpret_cast<Pack<float, 4>*>(place) + 1, Pack<float, 4>{{start[4], start[5], start[6], start[7]}});
+      });
+      __syncthreads();
+      if (warp_m == upper) {
+        SIMT_UNROLL
+        for (int i = 0; i < kSteps; ++i) SIMT_UNROLL
+        for (int j = 0; j < kColumns; ++j) SIMT_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const bool there = tile_m * M + upper * Shape::kWarpM + i * 16 + h * 8 + lane / 4 < g.m;
+          const int64_t left = f - b.first - Shape::column(warp_n, j) - lane % 4 * 2;
+          const float* place = in_sums(i, j, h);
+          c[i][j][2 * h] = there && left > 0 ? ld_shared(place) : 0.0f;
+          c[i][j][2 * h + 1] = there && left > 1 ? ld_shared(place + 1) : 0.0f;
+        }
+      }
+      __syncthreads();
     }
   }
+  for (int s = 0; s < Stages - 1; ++s) fetch(s);
 
   for (int64_t s = 0; s < stages; ++s) {
     cp_async_wait_group<Stages - 2>();
@@ -256,77 +298,83 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
     }
   }
   cp_async_wait_group<0>();
+  __syncthreads();  // nobody reads a stage any more
 
   const bool backward = g.activation >= Activation::gelu_backward;
   const float scale = static_cast<float>(g.scale);
   const auto *bias = static_cast<const bf16*>(g.bias), *residual = static_cast<const bf16*>(g.residual);
   const auto* pre = static_cast<const bf16*>(g.pre);
   auto* activated = static_cast<bf16*>(g.activated);
-  SIMT_UNROLL
-  for (int i = 0; i < kSteps; ++i) SIMT_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int64_t row = row_of(i, h);
-    if (row >= g.m) continue;
-    SIMT_UNROLL
-    for (int j = 0; j < kColumns; ++j) {
-      const int64_t column = column_of(j), end = end_of(j);
-      if (column >= end) continue;
-      const bool both = column + 1 < end, pairs = product.pairs;
-      Pack<float, 2> x{{c[i][j][2 * h], c[i][j][2 * h + 1]}};
-      if (g.scale != 1) x[0] = x[0] * scale, x[1] = x[1] * scale;
-      if (bias != nullptr) {
-        const Pack<float, 2> v = load_pair(bias + column, both, pairs);
-        x[0] = x[0] + v[0], x[1] = x[1] + v[1];
-      }
-      if (residual != nullptr) {
-        const Pack<float, 2> v = load_pair(residual + row * g.residual_row + column, both, pairs);
-        x[0] = x[0] + v[0], x[1] = x[1] + v[1];
-      }
-      if (g.c_state) {
-        store_pair(static_cast<float*>(g.c) + row * g.c_row + column, x, both, pairs);
-        continue;
-      }
-      bf16* const to = static_cast<bf16*>(g.c) + row * g.c_row + column;
-      if (!backward) {
-        store_pair(to, x, both, pairs);
-        x[0] = rounded(x[0]), x[1] = rounded(x[1]);
-        c[i][j][2 * h] = x[0], c[i][j][2 * h + 1] = x[1];
-        bf16* const y = activated + row * g.activated_row + column;
-        if (g.activation == Activation::gelu)
-          store_pair(y, {{gelu_value<false>(x[0]), gelu_value<false>(x[1])}}, both, pairs);
-        else if (g.activation == Activation::gelu_erf)
-          store_pair(y, {{gelu_value<true>(x[0]), gelu_value<true>(x[1])}}, both, pairs);
-        else if (swiglu && j >= kColumns / 2) {  // this thread has seen the gate before
-          const float* gate = &c[i][j - kColumns / 2][2 * h];
-          store_pair(y - f, {{swiglu_value(gate[0], x[0]), swiglu_value(gate[1], x[1])}}, both, pairs);
-        }
-        continue;
-      }
-      x[0] = rounded(x[0]), x[1] = rounded(x[1]);  // as the kernels that are not fused are given it
-      const bf16* const kept = pre + row * g.pre_row + column;
-      bf16* const y = activated + row * g.activated_row + column;
-      const Pack<float, 2> own = load_pair(kept, both, pairs);
-      if (g.activation == Activation::swiglu_backward) {
-        const Pack<float, 2> up = load_pair(kept + g.n, both, pairs);
-        Pack<float, 2> d_gate, d_up, again;
-        SIMT_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const float s = sigmoid(own[e]), silu = own[e] * s;
-          d_gate[e] = x[e] * up[e] * fma(silu, 1.0f - s, s);
-          d_up[e] = x[e] * silu;
-          again[e] = swiglu_value(own[e], up[e]);
-        }
-        store_pair(to, d_gate, both, pairs);
-        store_pair(to + g.n, d_up, both, pairs);
-        store_pair(y, again, both, pairs);
-      } else if (g.activation == Activation::gelu_backward) {
-        store_pair(y, {{gelu_value<false>(own[0]), gelu_value<false>(own[1])}}, both, pairs);
-        store_pair(to, {{x[0] * gelu_slope<false>(own[0]), x[1] * gelu_slope<false>(own[1])}}, both, pairs);
-      } else {
-        store_pair(y, {{gelu_value<true>(own[0]), gelu_value<true>(own[1])}}, both, pairs);
-        store_pair(to, {{x[0] * gelu_slope<true>(own[0]), x[1] * gelu_slope<true>(own[1])}}, both, pairs);
-      }
+  for (int upper = 0; upper < WarpsM; ++upper) {
+    if (warp_m == upper) {
+      SIMT_UNROLL
+      for (int i = 0; i < kSteps; ++i) SIMT_UNROLL
+      for (int j = 0; j < kColumns; ++j) SIMT_UNROLL
+      for (int h = 0; h < 2; ++h)
+        st_shared(reinterpret_cast<Pack<float, 2>*>(in_sums(i, j, h)), Pack<float, 2>{{c[i][j][2 * h], c[i][j][2 * h + 1]}});
     }
+    __syncthreads();
+    each_chunk_of_sums(upper, [&](int64_t row, int64_t column, int n, float* place) {
+      const bool whole = product.chunks && n == kChunk;
+      auto finished = [&](const float* from, int64_t at) {
+        Eight x = load_sums(from);
+        if (g.scale != 1) {
+          SIMT_UNROLL
+          for (int e = 0; e < kChunk; ++e) x[e] = x[e] * scale;
+        }
+        for (const bf16* more : {bias == nullptr ? nullptr : bias + at,
+                                 residual == nullptr ? nullptr : residual + row * g.residual_row + at}) {
+          if (more == nullptr) continue;
+          const Eight y = load_eight(more, n, whole);
+          SIMT_UNROLL
+          for (int e = 0; e < kChunk; ++e) x[e] = x[e] + y[e];
+        }
+        return x;
+      };
+      Eight x = finished(place, column);
+      if (g.c_state) return store_eight(static_cast<float*>(g.c) + row * g.c_row + column, x, n, whole);
+      bf16* const to = static_cast<bf16*>(g.c) + row * g.c_row + column;
+      if (!backward) store_eight(to, x, n, whole);
+      if (g.activation == Activation::none) return;
+      SIMT_UNROLL
+      for (int e = 0; e < kChunk; ++e) x[e] = rounded(x[e]);  // as it is kept, and as the kernels that are not fused are given it
+      bf16* const y = activated + row * g.activated_row + column;
+      const bool erf = g.activation == Activation::gelu_erf || g.activation == Activation::gelu_erf_backward;
+      Eight again;
+      if (swiglu) {
+        const Eight up = finished(place + Shape::kHalf, f + column);
+        store_eight(to + f, up, n, whole);
+        SIMT_UNROLL
+        for (int e = 0; e < kChunk; ++e) again[e] = swiglu_value(x[e], rounded(up[e]));
+      } else if (!backward) {
+        SIMT_UNROLL
+        for (int e = 0; e < kChunk; ++e) again[e] = erf ? gelu_value<true>(x[e]) : gelu_value<false>(x[e]);
+      } else {
+        const bf16* const kept = pre + row * g.pre_row + column;
+        const Eight own = load_eight(kept, n, whole);
+        if (g.activation == Activation::swiglu_backward) {
+          const Eight up = load_eight(kept + g.n, n, whole);
+          Eight d_up;
+          SIMT_UNROLL
+          for (int e = 0; e < kChunk; ++e) {
+            const float s = sigmoid(own[e]), silu = own[e] * s;
+            again[e] = swiglu_value(own[e], up[e]);
+            d_up[e] = x[e] * silu;
+            x[e] = x[e] * up[e] * fma(silu, 1.0f - s, s);
+          }
+          store_eight(to + g.n, d_up, n, whole);
+        } else {
+          SIMT_UNROLL
+          for (int e = 0; e < kChunk; ++e) {
+            again[e] = erf ? gelu_value<true>(own[e]) : gelu_value<false>(own[e]);
+            x[e] = x[e] * (erf ? gelu_slope<true>(own[e]) : gelu_slope<false>(own[e]));
+          }
+        }
+        store_eight(to, x, n, whole);
+      }
+      store_eight(y, again, n, whole);
+    });
+    if (upper + 1 < WarpsM) __syncthreads();
   }
 }
 
@@ -343,15 +391,17 @@ void launch_product(Product product, cudaStream_t stream) {
          dim3(kProductThreads), Shape::kBytes, stream, product);
 }
 
+// The large tiles where both operands are aligned and lie as the engine has them; else the small ones, for the same bits.
 template <Lies a_lies, Lies b_lies>
 void launch_product(const Product& product, bool aligned, bool few, cudaStream_t stream) {
-  if (!aligned) return launch_product<128, 128, 2, 4, a_lies, b_lies, false>(product, stream);
-  if constexpr (a_lies == Lies::along)
-    if (few) return launch_product<16, 64, 1, 8, a_lies, b_lies, true>(product, stream);
-  launch_product<128, 128, 2, 4, a_lies, b_lies, true>(product, stream);
+  if (!aligned) return launch_product<16, 64, 1, 8, a_lies, b_lies, false>(product, stream);
+  constexpr bool kLarge = a_lies == Lies::along || b_lies == Lies::across;
+  if constexpr (kLarge)
+    if (!few) return launch_product<128, 128, 2, 4, a_lies, b_lies, true>(product, stream);
+  if constexpr (a_lies == Lies::along || !kLarge) launch_product<16, 64, 1, 8, a_lies, b_lies, true>(product, stream);
 }
 
-// `tall`: the large tiles even where the small ones are meant for it; the bits are the same.
+// `tall`: the large tiles even where few rows are meant for the small ones; the bits are the same.
 inline void matmul(const Matmul& g, cudaStream_t stream, bool tall = false) {
   if (g.m == 0 || g.n == 0) return;
   if (g.a_state || g.packed != nullptr) throw std::invalid_argument("matmul on a CUDA device: A is bf16, B is not packed");
@@ -362,17 +412,15 @@ inline void matmul(const Matmul& g, cudaStream_t stream, bool tall = false) {
     throw std::invalid_argument("matmul: steps of k are for operands whose rows are k");
   Product product{g, {g.k_steps != nullptr ? g.k_step_count * kStepK : g.k, g.k_steps}, 0, 0, false};
   const bool swiglu = g.activation == Activation::swiglu;
-  auto even = [](const void* p, int64_t pitch, std::uintptr_t bytes) {
-    return p == nullptr || (reinterpret_cast<std::uintptr_t>(p) % bytes == 0 && pitch % 2 == 0);
-  };
-  product.pairs = (swiglu ? g.n / 2 : g.n) % 2 == 0 && even(g.c, g.c_row, g.c_state ? 8 : 4) && even(g.bias, 0, 4) &&
-                  even(g.residual, g.residual_row, 4) && even(g.activated, g.activated_row, 4) && even(g.pre, g.pre_row, 4);
   auto rows_aligned = [](const void* p, int64_t pitch) {
     return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && pitch % kChunk == 0;
   };
+  product.chunks = rows_aligned(g.c, g.c_row) && rows_aligned(g.bias, 0) && rows_aligned(g.residual, g.residual_row) &&
+                   rows_aligned(g.activated, g.activated_row) && rows_aligned(g.pre, g.pre_row) &&
+                   (g.activation == Activation::none || (swiglu ? g.n / 2 : g.n) % kChunk == 0);
   const bool aligned = rows_aligned(g.a, a_along ? g.a_row : g.a_col) && rows_aligned(g.b, b_along ? g.b_col : g.b_row) &&
                        (b_along || !swiglu || g.n / 2 % kChunk == 0);
-  const bool few = g.m <= 16 && !tall;
+  const bool few = a_along && g.m <= 16 && !tall;
   if (a_along && b_along)
     launch_product<Lies::along, Lies::along>(product, aligned, few, stream);
   else if (a_along)
