@@ -228,14 +228,15 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
   auto in_sums = [&](int i, int j, int h) {
     return sums + (i * 16 + h * 8 + lane / 4) * Shape::kPitch + Shape::column(warp_n, j) + lane % 4 * 2;
   };
-  // use(row, column, how many, place in `sums`) for the chunks of eight columns that are this thread's; of SwiGLU's the gate's.
-  auto each_chunk_of_sums = [&](int upper, auto use) {
-    const int chunks = (swiglu ? Shape::kHalf : N) / kChunk;
+  // use(row, column, how many, place in `sums`) for the chunks of eight columns, of the tile's first so many, that are this
+  // thread's.
+  auto each_chunk_of_sums = [&](int upper, int columns, auto use) {
+    const int chunks = columns / kChunk;
     for (int i = static_cast<int>(threadIdx.x); i < Shape::kWarpM * chunks; i += kProductThreads) {
       const int in_tile = i / chunks, column = i % chunks * kChunk;
-      const int64_t row = tile_m * M + upper * Shape::kWarpM + in_tile, left = b.first_end - b.first - column;
+      const int64_t row = tile_m * M + upper * Shape::kWarpM + in_tile, own = b.row(column), left = b.end(column) - own;
       if (row < g.m && left > 0)
-        use(row, b.first + column, left < kChunk ? static_cast<int>(left) : kChunk, sums + in_tile * Shape::kPitch + column);
+        use(row, own, left < kChunk ? static_cast<int>(left) : kChunk, sums + in_tile * Shape::kPitch + column);
     }
   };
   auto load_sums = [&](const float* p) {
@@ -248,9 +249,9 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
   SIMT_UNROLL
   for (int i = 0; i < kSteps; ++i) SIMT_UNROLL
   for (int j = 0; j < kColumns; ++j) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0;
-  if (g.accumulate) {  // not with an activation
+  if (g.accumulate) {
     for (int upper = 0; upper < WarpsM; ++upper) {
-      each_chunk_of_sums(upper, [&](int64_t row, int64_t column, int n, float* place) {
+      each_chunk_of_sums(upper, N, [&](int64_t row, int64_t column, int n, float* place) {
         const int64_t at = row * g.c_row + column;
         const bool whole = product.chunks && n == kChunk;
         const Eight start = g.c_state ? load_eight(static_cast<const float*>(g.c) + at, n, whole)
@@ -265,7 +266,8 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
         for (int j = 0; j < kColumns; ++j) SIMT_UNROLL
         for (int h = 0; h < 2; ++h) {
           const bool there = tile_m * M + upper * Shape::kWarpM + i * 16 + h * 8 + lane / 4 < g.m;
-          const int64_t left = f - b.first - Shape::column(warp_n, j) - lane % 4 * 2;
+          const int column = Shape::column(warp_n, j) + lane % 4 * 2;
+          const int64_t left = b.end(column) - b.row(column);
           const float* place = in_sums(i, j, h);
           c[i][j][2 * h] = there && left > 0 ? ld_shared(place) : 0.0f;
           c[i][j][2 * h + 1] = there && left > 1 ? ld_shared(place + 1) : 0.0f;
@@ -314,7 +316,7 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
         st_shared(reinterpret_cast<Pack<float, 2>*>(in_sums(i, j, h)), Pack<float, 2>{{c[i][j][2 * h], c[i][j][2 * h + 1]}});
     }
     __syncthreads();
-    each_chunk_of_sums(upper, [&](int64_t row, int64_t column, int n, float* place) {
+    each_chunk_of_sums(upper, swiglu ? Shape::kHalf : N, [&](int64_t row, int64_t column, int n, float* place) {
       const bool whole = product.chunks && n == kChunk;
       auto finished = [&](const float* from, int64_t at) {
         Eight x = load_sums(from);
