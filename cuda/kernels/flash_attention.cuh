@@ -175,7 +175,7 @@ static __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(con
       }
       add_weighted_rows<R, M, N>(o, s, v);
     }
-    if ((k0 + 2 * kKeyTile) % Split == 0 || k0 + kKeyTile >= last) {
+    if ((k0 + kKeyTile) % Split == 0 || k0 + kKeyTile >= last) {
       SIMT_UNROLL
       for (int m = 0; m < M; ++m) {
         MergeFactors f[2];

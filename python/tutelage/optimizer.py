@@ -74,8 +74,8 @@ class AdamW:
         # Of the gradients since zero_grad, this rank's part; without a shard they are the model's.
         self._sum: Tensor | None = None
         own = size if self._shard is None else self._shard.size
-        self.exp_avg = torch.zeros(own, dtype=model.params.dtype)
-        self.exp_avg_sq = torch.zeros(own, dtype=model.params.dtype)
+        self.exp_avg = torch.zeros(own, dtype=model.params.dtype, device=model.params.device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
 
     def reduction(self, present: Sequence[bool]) -> Reduction:
         """Of several ranks (or exact): adds the gradients that the model of each rank holds, or will hold at the end of the
