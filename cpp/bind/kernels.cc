@@ -70,6 +70,16 @@ class Call {
 
   bool rounds() const { return table_->activation_size == 2; }
 
+  // A list that kernels read, for the host.
+  std::vector<std::int32_t> on_host(const std::int32_t* list, std::int64_t n) const {
+    std::vector<std::int32_t> copy(static_cast<std::size_t>(n));
+    if (table_->download == nullptr)
+      std::copy_n(list, n, copy.begin());
+    else
+      table_->download(copy.data(), list, copy.size() * sizeof(std::int32_t));
+    return copy;
+  }
+
   template <class Parameters>
   void run(void (*KernelTable::*kernel)(const Parameters&, int), const Parameters& parameters) const {
     py::gil_scoped_release release;
@@ -233,8 +243,9 @@ struct AttentionArguments {
     if (window > 0 && !causal) throw ArgumentError("a window needs causal attention");
     require_positive(scale, "scale");
     shape = {sequences.count, sequences.data(), heads, kv_heads, head_dim, causal, window, scale, tokens};
-    for (std::int64_t s = 0; s < sequences.count; ++s)
-      shape.longest = std::max<std::int64_t>(shape.longest, sequences.data()[s + 1] - sequences.data()[s]);
+    const std::vector<std::int32_t> offsets = call.on_host(sequences.data(), sequences.count + 1);
+    for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
+      shape.longest = std::max<std::int64_t>(shape.longest, offsets[s + 1] - offsets[s]);
   }
   std::int64_t q_row() const { return heads * head_dim; }
   std::int64_t k_row() const { return kv_heads * head_dim; }

@@ -41,8 +41,9 @@ struct Stage {
   static constexpr int kStageRows = lies == Lies::along ? Rows : kProductDepth;
   static constexpr int kElements = Rows * kProductDepth;
   static constexpr int kChunks = kRowElements / kChunk, kPlaces = kChunks < 8 ? kChunks : 8;
+  // Where a chunk lies; what is added to a row that is a multiple of 8 may be added outside.
   static __device__ __forceinline__ int at(int row, int chunk) {
-    return row * kRowElements + (chunk ^ (row / (8 / kPlaces) & (kPlaces - 1))) * kChunk;
+    return row * kRowElements + (chunk ^ ((row & 7) / (8 / kPlaces) & (kPlaces - 1))) * kChunk;
   }
 };
 
@@ -57,59 +58,91 @@ struct Operand {
   __device__ __forceinline__ int64_t end(int of_tile) const { return of_tile < half ? first_end : second_end; }
 };
 
-// Which k a stage holds: k0 + i; or, with steps, the i % 16-th of step (k0 + i) / 16, as long as the step is.
-struct Depth {
-  int64_t k;
-  const int32_t* steps;
-  __device__ __forceinline__ int64_t stages() const { return (k + kProductDepth - 1) / kProductDepth; }
-};
-
+// A thread's chunks of every stage: of rows kApart apart (along: of the tile, across: of k), so that what is computed once
+// serves all of them.
 template <int Rows, Lies lies, bool Aligned>
-__device__ __forceinline__ void fetch_stage(bf16* to, const Operand& x, const Depth& depth, int64_t k0) {
+class Fetch {
   using S = Stage<Rows, lies>;
-  constexpr int kAll = S::kStageRows * S::kChunks, kRounds = (kAll + kProductThreads - 1) / kProductThreads;
-  SIMT_UNROLL
-  for (int round = 0; round < kRounds; ++round) {
-    const int i = round * kProductThreads + static_cast<int>(threadIdx.x);
-    if (kAll % kProductThreads != 0 && i >= kAll) break;
-    const int row = i / S::kChunks, chunk = i % S::kChunks;
-    const bf16* from;
-    int64_t left;  // elements of the chunk that are there, or more
+  static constexpr int kAll = S::kStageRows * S::kChunks, kRounds = (kAll + kProductThreads - 1) / kProductThreads;
+  static constexpr int kApart = kProductThreads / S::kChunks;
+  static_assert(kApart % 8 == 0 && (kRounds == 1 || kAll % kProductThreads == 0));
+
+ public:
+  // steps: which k a stage holds, see matmul.h; null: one after the other. k: of all of them, each step counted as whole.
+  __device__ __forceinline__ Fetch(const Operand& x, const int32_t* steps, int k) : base_(x.p), steps_(steps), k_(k) {
+    const int thread = static_cast<int>(threadIdx.x);
+    row_ = thread / S::kChunks, chunk_ = thread % S::kChunks;
+    works_ = kAll >= kProductThreads || thread < kAll;
     if constexpr (lies == Lies::along) {
-      const int64_t own = x.row(row), at = k0 + chunk * kChunk;
-      left = own < x.end(row) ? depth.k - at : 0;
-      from = x.p + own * x.pitch + at;
+      there_ = 0;
+      SIMT_UNROLL
+      for (int r = 0; r < kRounds; ++r)
+        if (x.row(row_ + r * kApart) < x.end(row_ + r * kApart)) there_ |= 1 << r;
+      from_ = x.p + x.row(row_) * x.pitch + chunk_ * kChunk;
+      apart_ = kApart * x.pitch;
+      half_ = x.half - row_, jump_ = (x.second - x.half - x.first) * x.pitch;
     } else {
-      const int64_t own = x.row(chunk * kChunk);
-      int64_t at = k0 + row;
-      bool there = at < depth.k;
-      if (depth.steps != nullptr && there) {
-        const Pack<int32_t, 2> step = ld_global(reinterpret_cast<const Pack<int32_t, 2>*>(depth.steps) + at / kStepK);
-        there = row % kStepK < step[1];
-        at = int64_t(step[0]) + row % kStepK;
-      }
-      left = there ? x.end(chunk * kChunk) - own : 0;
-      from = x.p + at * x.pitch + own;
-    }
-    const int count = left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
-    bf16* place = to + S::at(row, chunk);
-    if constexpr (Aligned) {
-      cp_async_16(place, count > 0 ? from : x.p, static_cast<unsigned>(count) * 2);
-    } else {
-      st_shared(reinterpret_cast<Chunk*>(place), load_chunk<false>(from, count));
+      const int64_t own = x.row(chunk_ * kChunk), left = x.end(chunk_ * kChunk) - own;
+      there_ = left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
+      from_ = x.p + own + (steps == nullptr ? row_ * x.pitch : 0);
+      apart_ = x.pitch, half_ = 0, jump_ = 0;
     }
   }
-}
 
-// 16 rows of A, 16 of k from kk.
+  // The stage that begins at k0, which is kProductDepth further than the one before.
+  __device__ __forceinline__ void operator()(bf16* stage, int k0) {
+    if (!works_) return;
+    bf16* place = stage + S::at(row_, chunk_);
+    if constexpr (lies == Lies::along) {
+      const int left = k_ - k0 - chunk_ * kChunk, count = left < 0 ? 0 : left < kChunk ? left : kChunk;
+      const bf16* from = from_;
+      SIMT_UNROLL
+      for (int r = 0; r < kRounds; ++r) {
+        copy(place + r * kApart * S::kRowElements, from + (r * kApart >= half_ ? jump_ : 0), (there_ >> r & 1) != 0 ? count : 0);
+        from += apart_;
+      }
+      from_ += kProductDepth;
+    } else {
+      SIMT_UNROLL
+      for (int r = 0; r < kRounds; ++r) {
+        const int k = k0 + row_ + r * kApart;
+        const bf16* from = from_ + r * kApart * apart_;
+        bool there = k < k_;
+        if (steps_ != nullptr && there) {
+          const Pack<int32_t, 2> step = ld_global(reinterpret_cast<const Pack<int32_t, 2>*>(steps_) + k / kStepK);
+          there = k % kStepK < step[1];
+          from = from_ + (int64_t(step[0]) + k % kStepK) * apart_;
+        }
+        copy(place + r * kApart * S::kRowElements, from, there ? there_ : 0);
+      }
+      if (steps_ == nullptr) from_ += kProductDepth * apart_;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void copy(bf16* to, const bf16* from, int count) const {
+    if constexpr (Aligned)
+      cp_async_16(to, count > 0 ? from : base_, static_cast<unsigned>(count) * 2);
+    else
+      st_shared(reinterpret_cast<Chunk*>(to), load_chunk<false>(from, count));
+  }
+
+  const bf16 *base_, *from_;
+  const int32_t* steps_;
+  int64_t apart_, jump_;
+  int k_, row_, chunk_, there_, half_;
+  bool works_;
+};
+
+// 16 rows of A (from a multiple of 16), 16 of k from kk.
 template <int Rows, Lies lies>
 __device__ __forceinline__ void load_a(std::uint32_t (&f)[4], const bf16* stage, int row, int kk) {
   using S = Stage<Rows, lies>;
   const int lane = static_cast<int>(lane_id());
   if constexpr (lies == Lies::along)
-    ldmatrix_x4(f, stage + S::at(row + lane % 16, kk / kChunk + lane / 16));
+    ldmatrix_x4(f, stage + row * S::kRowElements + S::at(lane % 16, kk / kChunk + lane / 16));
   else
-    ldmatrix_x4_trans(f, stage + S::at(kk + lane / 16 * 8 + lane % 8, row / kChunk + lane / 8 % 2));
+    ldmatrix_x4_trans(f, stage + kk * S::kRowElements + S::at(lane / 16 * 8 + lane % 8, row / kChunk + lane / 8 % 2));
 }
 // Twice 8 columns of B, from `left` and from `right`; 16 of k.
 template <int Columns, Lies lies>
@@ -117,9 +150,9 @@ __device__ __forceinline__ void load_b(std::uint32_t (&f)[4], const bf16* stage,
   using S = Stage<Columns, lies>;
   const int lane = static_cast<int>(lane_id()), column = lane < 16 ? left : right;
   if constexpr (lies == Lies::along)
-    ldmatrix_x4(f, stage + S::at(column + lane % 8, kk / kChunk + lane / 8 % 2));
+    ldmatrix_x4(f, stage + column * S::kRowElements + S::at(lane % 8, kk / kChunk + lane / 8 % 2));
   else
-    ldmatrix_x4_trans(f, stage + S::at(kk + lane % 16, column / kChunk));
+    ldmatrix_x4_trans(f, stage + kk * S::kRowElements + S::at(lane % 16, column / kChunk));
 }
 
 // Eight neighbours of a row, of which n are there; `whole`: all are, and 16 bytes are read or written at a time.
@@ -170,7 +203,6 @@ __device__ __forceinline__ float rounded(float x) { return to_float(to_bf16(x));
 
 struct Product {
   Matmul g;
-  Depth depth;
   int64_t tiles_m, tiles_n;  // of C
   bool chunks;               // eight neighbours of C and of what goes with it may be moved together
 };
@@ -214,15 +246,18 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
 
   bf16* const stage_a = dyn_smem<bf16>();
   bf16* const stage_b = stage_a + Stages * SA::kElements;
-  const int64_t stages = product.depth.stages();
-  auto fetch = [&](int64_t s) {
+  const int k = static_cast<int>(g.k_steps == nullptr ? g.k : g.k_step_count * kStepK);
+  const int stages = (k + kProductDepth - 1) / kProductDepth;
+  Fetch<M, a_lies, Aligned> fetch_a(a, g.k_steps, k);
+  Fetch<N, b_lies, Aligned> fetch_b(b, g.k_steps, k);
+  auto fetch = [&](int s) {
     if (s < stages) {
-      const int place = static_cast<int>(s % Stages);
-      fetch_stage<M, a_lies, Aligned>(stage_a + place * SA::kElements, a, product.depth, s * kProductDepth);
-      fetch_stage<N, b_lies, Aligned>(stage_b + place * SB::kElements, b, product.depth, s * kProductDepth);
+      fetch_a(stage_a + s % Stages * SA::kElements, s * kProductDepth);
+      fetch_b(stage_b + s % Stages * SB::kElements, s * kProductDepth);
     }
     cp_async_commit();
   };
+
   // The tile goes from registers to memory, and back, through shared memory: 16 bytes at a time, a row of warps after the other.
   float* const sums = dyn_smem<float>();
   auto in_sums = [&](int i, int j, int h) {
@@ -278,12 +313,11 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
   }
   for (int s = 0; s < Stages - 1; ++s) fetch(s);
 
-  for (int64_t s = 0; s < stages; ++s) {
+  for (int s = 0; s < stages; ++s) {
     cp_async_wait_group<Stages - 2>();
     __syncthreads();  // the stage is there for all, and all have read the one that is fetched into now
     fetch(s + Stages - 1);
-    const int place = static_cast<int>(s % Stages);
-    const bf16 *own_a = stage_a + place * SA::kElements, *own_b = stage_b + place * SB::kElements;
+    const bf16 *own_a = stage_a + s % Stages * SA::kElements, *own_b = stage_b + s % Stages * SB::kElements;
     SIMT_UNROLL
     for (int kk = 0; kk < kProductDepth; kk += kStepK) {
       std::uint32_t fa[kSteps][4];
@@ -412,7 +446,7 @@ inline void matmul(const Matmul& g, cudaStream_t stream, bool tall = false) {
     throw std::invalid_argument("matmul: of each pair of strides one must be 1");
   if (g.k_steps != nullptr && (a_along || b_along))
     throw std::invalid_argument("matmul: steps of k are for operands whose rows are k");
-  Product product{g, {g.k_steps != nullptr ? g.k_step_count * kStepK : g.k, g.k_steps}, 0, 0, false};
+  Product product{g, 0, 0, false};
   const bool swiglu = g.activation == Activation::swiglu;
   auto rows_aligned = [](const void* p, int64_t pitch) {
     return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && pitch % kChunk == 0;
