@@ -274,10 +274,22 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
         use(row, own, left < kChunk ? static_cast<int>(left) : kChunk, sums + in_tile * Shape::kPitch + column);
     }
   };
+  // Eight sums; every other four lanes take the halves in the other order, so that eight neighbours meet no bank twice.
+  using Half = Pack<float, 4>;
+  const int late = lane / 4 % 2;
   auto load_sums = [&](const float* p) {
-    const Pack<float, 4> low = ld_shared(reinterpret_cast<const Pack<float, 4>*>(p));
-    const Pack<float, 4> high = ld_shared(reinterpret_cast<const Pack<float, 4>*>(p) + 1);
-    return Eight{{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}};
+    const Half one = ld_shared(reinterpret_cast<const Half*>(p) + late), two = ld_shared(reinterpret_cast<const Half*>(p) + 1 - late);
+    Eight x;
+    SIMT_UNROLL
+    for (int e = 0; e < 4; ++e) x[e] = late == 0 ? one[e] : two[e], x[4 + e] = late == 0 ? two[e] : one[e];
+    return x;
+  };
+  auto store_sums = [&](float* p, const Eight& x) {
+    Half one, two;
+    SIMT_UNROLL
+    for (int e = 0; e < 4; ++e) one[e] = late == 0 ? x[e] : x[4 + e], two[e] = late == 0 ? x[4 + e] : x[e];
+    st_shared(reinterpret_cast<Half*>(p) + late, one);
+    st_shared(reinterpret_cast<Half*>(p) + 1 - late, two);
   };
 
   float c[kSteps][kColumns][4];
@@ -289,10 +301,8 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
       each_chunk_of_sums(upper, N, [&](int64_t row, int64_t column, int n, float* place) {
         const int64_t at = row * g.c_row + column;
         const bool whole = product.chunks && n == kChunk;
-        const Eight start = g.c_state ? load_eight(static_cast<const float*>(g.c) + at, n, whole)
-                                      : load_eight(static_cast<const bf16*>(g.c) + at, n, whole);
-        st_shared(reinterpret_cast<Pack<float, 4>*>(place), Pack<float, 4>{{start[0], start[1], start[2], start[3]}});
-        st_shared(reinterpret_cast<Pack<float, 4>*>(place) + 1, Pack<float, 4>{{start[4], start[5], start[6], start[7]}});
+        store_sums(place, g.c_state ? load_eight(static_cast<const float*>(g.c) + at, n, whole)
+                                    : load_eight(static_cast<const bf16*>(g.c) + at, n, whole));
       });
       __syncthreads();
       if (warp_m == upper) {
