@@ -564,7 +564,7 @@ def errors(case: Case) -> list[float]:
         ours, torchs = (float((x.to(true.device) - true).square().mean().sqrt()) for x in (own, other))
         # Where torch is exact, as a look-up is, or as good as exact, as a sum in float32 is, there is one more rounding for us.
         floor = 1e-7 * float(true.square().mean().sqrt())
-        quotient = ours / max(torchs, floor) if ours > floor else 0.0
+        quotient = 0.0 if ours <= floor else ours / max(torchs, floor)  # NaN is not at most anything
         if not quotient <= 2:
             raise WrongResultError(
                 f"{case.kernel} {case.phase} {case.shape}: the error of output {index} is {ours:.3g}, "

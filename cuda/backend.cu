@@ -148,7 +148,8 @@ const KernelTable* table() {
     t.name = "cuda", t.activation_size = 2, t.state_size = 4;
     t.matmul = run_matmul;
     t.flash_attention = on_stream<Attention, flash_attention>;
-    t.flash_attention_backward = with_scratch<AttentionBackward, flash_attention_backward_scratch_bytes, flash_attention_backward>;
+    t.flash_attention_backward =
+        with_scratch<AttentionBackward, flash_attention_backward_scratch_bytes, flash_attention_backward>;
     t.rms_norm = on_stream<RmsNorm, rms_norm>;
     t.rms_norm_backward = on_stream<RmsNormBackward, rms_norm_backward>;
     t.layer_norm = on_stream<LayerNorm, layer_norm>;
@@ -162,7 +163,8 @@ const KernelTable* table() {
     t.embedding = on_stream<Embedding, embedding>;
     t.embedding_backward = on_stream<EmbeddingBackward, embedding_backward>;
     t.linear_logprob = with_scratch<LinearLogprob, linear_logprob_scratch_bytes, linear_logprob>;
-    t.linear_logprob_backward = with_scratch<LinearLogprobBackward, linear_logprob_backward_scratch_bytes, linear_logprob_backward>;
+    t.linear_logprob_backward =
+        with_scratch<LinearLogprobBackward, linear_logprob_backward_scratch_bytes, linear_logprob_backward>;
     t.cached_attention = with_scratch<CachedAttention, cached_attention_scratch_bytes, cached_attention>;
     t.sample = run_sample;
     t.adamw = run_adamw;

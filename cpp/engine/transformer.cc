@@ -317,7 +317,8 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& w
     }
     if (table_.upload == nullptr) continue;
     cut_into_steps(first, last, g.steps_.host);
-    cut_into_steps(static_cast<std::int32_t>(rows_before), static_cast<std::int32_t>(g.sources_.host.size()), g.row_steps_.host);
+    cut_into_steps(static_cast<std::int32_t>(rows_before), static_cast<std::int32_t>(g.sources_.host.size()),
+                   g.row_steps_.host);
   }
   g.longest_ = longest, g.rows_ = static_cast<std::int64_t>(g.sources_.host.size());
   for (Placed<std::int32_t>* indices : {&g.cu_seqlens_, &g.sources_, &g.outputs_, &g.targets_, &g.steps_, &g.row_steps_})

@@ -102,7 +102,8 @@ class Graph {
   friend class Transformer;
   std::int64_t tokens_ = 0, sequences_ = 0, longest_ = 0, rows_ = 0;  // longest_: tokens of the longest sequence
   Placed<std::int32_t> ids_, cu_seqlens_, positions_, sources_, outputs_, targets_;
-  Placed<std::int32_t> steps_, row_steps_;  // matmul.h's k_steps of the tokens and of the rows; where the table computes on a device
+  Placed<std::int32_t> steps_,
+      row_steps_;  // matmul.h's k_steps of the tokens and of the rows; where the table computes on a device
   Placed<std::int32_t> cache_cu_rows_, cache_first_;  // generation only, as what follows
   Placed<void*> cache_blocks_;
   Placed<void* const*> cache_lists_;

@@ -1,8 +1,9 @@
 // Log-prob, log-sum-exp and entropy of target tokens from hidden states and the vocabulary matrix, and the backward, as
 // cpp/kernels/linear_logprob.h states them.
 //
-// Types    x, weight, dx bf16; logits, statistics, dweight float; the gradient of a logit is rounded to bf16 before its products.
-// Order    a logit is matmul's chain, then divided by the temperature; the sums over the vocabulary are vocab_tiles.cuh's, which
+// Types    x, weight, dx bf16; logits, statistics, dweight float; the gradient of a logit is rounded to bf16 before its
+// products. Order    a logit is matmul's chain, then divided by the temperature; the sums over the vocabulary are
+// vocab_tiles.cuh's, which
 //          sample.cuh shares: so a token has the same log-prob where it is drawn and where it is scored. dx: one chain over the
 //          vocabulary. dweight: one chain over rows, step by step (row_steps), whatever the blocks of rows are.
 // Memory   logits of a block of rows at a time (kLogitBytes) where the caller does not keep them; the backward writes the bf16
@@ -20,7 +21,8 @@ namespace tutelage::cuda {
 constexpr int64_t kLogitBytes = int64_t(64) << 20;  // of a block of rows: near what L2 holds
 constexpr int kLogitThreads = 256;
 
-inline Matmul logits_of(const bf16* x, const void* weight, float* z, int64_t rows, int64_t hidden, int64_t vocab, double scale) {
+inline Matmul logits_of(const bf16* x, const void* weight, float* z, int64_t rows, int64_t hidden, int64_t vocab,
+                        double scale) {
   Matmul m;
   m.m = rows, m.n = vocab, m.k = hidden, m.a = x, m.a_row = hidden, m.b = weight, m.b_row = 1, m.b_col = hidden;
   m.c = z, m.c_row = vocab, m.c_state = true, m.scale = scale;
@@ -62,8 +64,8 @@ inline void linear_logprob(const LinearLogprob& g, cudaStream_t stream, void* sc
     matmul(logits_of(static_cast<const bf16*>(g.x) + begin * g.hidden, g.weight, z, rows, g.hidden, g.vocab, 1 / g.temperature),
            stream);
     tile_statistics_of(z, rows, g.vocab, tiles, stream);
-    launch(linear_logprob_kernel, static_cast<unsigned>((rows + kLogitThreads - 1) / kLogitThreads), dim3(kLogitThreads), 0, stream,
-           g, begin, begin + rows, static_cast<const float*>(z), static_cast<const TileStatistics*>(tiles));
+    launch(linear_logprob_kernel, static_cast<unsigned>((rows + kLogitThreads - 1) / kLogitThreads), dim3(kLogitThreads), 0,
+           stream, g, begin, begin + rows, static_cast<const float*>(z), static_cast<const TileStatistics*>(tiles));
   }
 }
 
@@ -116,13 +118,15 @@ inline void linear_logprob_backward(const LinearLogprobBackward& g, cudaStream_t
     }
     const int64_t rows = end - begin;
     float* z = g.z != nullptr ? static_cast<float*>(g.z) + begin * g.vocab : static_cast<float*>(scratch);
-    if (g.z == nullptr) matmul(logits_of(x + begin * g.hidden, g.weight, z, rows, g.hidden, g.vocab, 1 / g.temperature), stream);
+    if (g.z == nullptr)
+      matmul(logits_of(x + begin * g.hidden, g.weight, z, rows, g.hidden, g.vocab, 1 / g.temperature), stream);
     launch(logit_gradient_kernel, static_cast<unsigned>(rows), dim3(kLogitThreads), 0, stream, g, begin, z, inverse);
     const auto* dz = reinterpret_cast<const bf16*>(z);
     const int64_t pitch = 2 * g.vocab;
     if (g.dx != nullptr) {
       Matmul dx;
-      dx.m = rows, dx.n = g.hidden, dx.k = g.vocab, dx.a = dz, dx.a_row = pitch, dx.b = g.weight, dx.b_row = g.hidden, dx.b_col = 1;
+      dx.m = rows, dx.n = g.hidden, dx.k = g.vocab, dx.a = dz, dx.a_row = pitch, dx.b = g.weight, dx.b_row = g.hidden,
+      dx.b_col = 1;
       dx.c = static_cast<bf16*>(g.dx) + begin * g.hidden, dx.c_row = g.hidden;
       matmul(dx, stream);
     }

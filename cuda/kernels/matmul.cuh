@@ -5,9 +5,10 @@
 //          has the same bits in both tile shapes, wherever it lies, whatever the other rows are. A step's 16 products are added
 //          by the tensor core at once, in an order of its own: where k are tokens, `k_steps` says which tokens are a step, and
 //          no step spans two sequences. An element-wise function sees the sum as C keeps it, rounded to bf16.
-// Tiles    128 x 128 of C in 4 warps of 64 x 64 (training, prefill), or 16 x 64 in 4 warps of 16 x 16 (decode: m <= 16), 32 deep,
-//          by cp.async in 4 and 8 stages. A warp's columns are two stretches, half a tile apart: so gate and up of SwiGLU meet in
-//          one thread. Blocks walk over C in groups of 8 rows of tiles, so that what they read together stays in L2.
+// Tiles    128 x 128 of C in 4 warps of 64 x 64 (training, prefill), or 16 x 64 in 4 warps of 16 x 16 (decode: m <= 16), 32
+// deep,
+//          by cp.async in 4 and 8 stages. A warp's columns are two stretches, half a tile apart: so gate and up of SwiGLU meet
+//          in one thread. Blocks walk over C in groups of 8 rows of tiles, so that what they read together stays in L2.
 // Shared   64 bytes of k or 32 rows of k, in chunks of 8, each at chunk ^ (row's place among the rows of 128 bytes): the eight
 //          addresses of an ldmatrix lie in different banks.
 // Work     2 m n k flops; reads A n/128 times and B m/128 times (from L2, mostly), C once.
@@ -54,7 +55,9 @@ struct Operand {
   int64_t pitch;  // between rows (along) or between k (across)
   int half;
   int64_t first, first_end, second, second_end;
-  __device__ __forceinline__ int64_t row(int of_tile) const { return of_tile < half ? first + of_tile : second + of_tile - half; }
+  __device__ __forceinline__ int64_t row(int of_tile) const {
+    return of_tile < half ? first + of_tile : second + of_tile - half;
+  }
   __device__ __forceinline__ int64_t end(int of_tile) const { return of_tile < half ? first_end : second_end; }
 };
 
@@ -98,7 +101,8 @@ class Fetch {
       const bf16* from = from_;
       SIMT_UNROLL
       for (int r = 0; r < kRounds; ++r) {
-        copy(place + r * kApart * S::kRowElements, from + (r * kApart >= half_ ? jump_ : 0), (there_ >> r & 1) != 0 ? count : 0);
+        copy(place + r * kApart * S::kRowElements, from + (r * kApart >= half_ ? jump_ : 0),
+             (there_ >> r & 1) != 0 ? count : 0);
         from += apart_;
       }
       from_ += kProductDepth;
@@ -241,8 +245,13 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
   const int64_t f = swiglu ? g.n / 2 : g.n;  // columns of each half
   const int64_t first = tile_n * (swiglu ? Shape::kHalf : N);
   const Operand a{static_cast<const bf16*>(g.a), a_lies == Lies::along ? g.a_row : g.a_col, M, tile_m * M, g.m, 0, 0};
-  const Operand b{static_cast<const bf16*>(g.b), b_lies == Lies::along ? g.b_col : g.b_row, swiglu ? Shape::kHalf : N, first, f,
-                  f + first, g.n};
+  const Operand b{static_cast<const bf16*>(g.b),
+                  b_lies == Lies::along ? g.b_col : g.b_row,
+                  swiglu ? Shape::kHalf : N,
+                  first,
+                  f,
+                  f + first,
+                  g.n};
 
   bf16* const stage_a = dyn_smem<bf16>();
   bf16* const stage_b = stage_a + Stages * SA::kElements;
@@ -258,7 +267,8 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
     cp_async_commit();
   };
 
-  // The tile goes from registers to memory, and back, through shared memory: 16 bytes at a time, a row of warps after the other.
+  // The tile goes from registers to memory, and back, through shared memory: 16 bytes at a time, a row of warps after the
+  // other.
   float* const sums = dyn_smem<float>();
   auto in_sums = [&](int i, int j, int h) {
     return sums + (i * 16 + h * 8 + lane / 4) * Shape::kPitch + Shape::column(warp_n, j) + lane % 4 * 2;
@@ -278,7 +288,8 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
   using Half = Pack<float, 4>;
   const int late = lane / 4 % 2;
   auto load_sums = [&](const float* p) {
-    const Half one = ld_shared(reinterpret_cast<const Half*>(p) + late), two = ld_shared(reinterpret_cast<const Half*>(p) + 1 - late);
+    const Half one = ld_shared(reinterpret_cast<const Half*>(p) + late),
+               two = ld_shared(reinterpret_cast<const Half*>(p) + 1 - late);
     Eight x;
     SIMT_UNROLL
     for (int e = 0; e < 4; ++e) x[e] = late == 0 ? one[e] : two[e], x[4 + e] = late == 0 ? two[e] : one[e];
@@ -313,9 +324,9 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
           const bool there = tile_m * M + upper * Shape::kWarpM + i * 16 + h * 8 + lane / 4 < g.m;
           const int column = Shape::column(warp_n, j) + lane % 4 * 2;
           const int64_t left = b.end(column) - b.row(column);
-          const float* place = in_sums(i, j, h);
-          c[i][j][2 * h] = there && left > 0 ? ld_shared(place) : 0.0f;
-          c[i][j][2 * h + 1] = there && left > 1 ? ld_shared(place + 1) : 0.0f;
+          if (!there || left <= 0) continue;
+          const Pack<float, 2> pair = ld_shared(reinterpret_cast<const Pack<float, 2>*>(in_sums(i, j, h)));
+          c[i][j][2 * h] = pair[0], c[i][j][2 * h + 1] = pair[1];
         }
       }
       __syncthreads();
@@ -368,8 +379,8 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
           SIMT_UNROLL
           for (int e = 0; e < kChunk; ++e) x[e] = x[e] * scale;
         }
-        for (const bf16* more : {bias == nullptr ? nullptr : bias + at,
-                                 residual == nullptr ? nullptr : residual + row * g.residual_row + at}) {
+        for (const bf16* more :
+             {bias == nullptr ? nullptr : bias + at, residual == nullptr ? nullptr : residual + row * g.residual_row + at}) {
           if (more == nullptr) continue;
           const Eight y = load_eight(more, n, whole);
           SIMT_UNROLL
@@ -383,7 +394,8 @@ static __global__ void __launch_bounds__(kProductThreads) matmul_kernel(const Pr
       if (!backward) store_eight(to, x, n, whole);
       if (g.activation == Activation::none) return;
       SIMT_UNROLL
-      for (int e = 0; e < kChunk; ++e) x[e] = rounded(x[e]);  // as it is kept, and as the kernels that are not fused are given it
+      for (int e = 0; e < kChunk; ++e)
+        x[e] = rounded(x[e]);  // as it is kept, and as the kernels that are not fused are given it
       bf16* const y = activated + row * g.activated_row + column;
       const bool erf = g.activation == Activation::gelu_erf || g.activation == Activation::gelu_erf_backward;
       Eight again;

@@ -31,7 +31,9 @@ __attribute__((no_sanitize_thread)) inline void mma_m16n8k16(void* const* operan
   };
   double a[16][16];
   Row b[16], d[16];
-  auto wide = [](std::uint32_t pair, unsigned i) { return static_cast<double>(as_float(i == 0 ? pair << 16 : pair & 0xFFFF0000u)); };
+  auto wide = [](std::uint32_t pair, unsigned i) {
+    return static_cast<double>(as_float(i == 0 ? pair << 16 : pair & 0xFFFF0000u));
+  };
   for (unsigned lane = 0; lane < 32; ++lane) {
     const Mma& m = *static_cast<const Mma*>(operands[lane]);
     const unsigned g = lane / 4, q = lane % 4;

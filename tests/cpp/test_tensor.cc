@@ -5,7 +5,7 @@
 using namespace tutelage;
 
 namespace {
-TensorView view() { return {"hidden", nullptr, DType::float32, true, false, {3, 4}, {4, 1}}; }
+TensorView view() { return {"hidden", nullptr, DType::float32, Place::cpu, false, {3, 4}, {4, 1}}; }
 }  // namespace
 
 TEST(a_good_view_passes_every_check) {

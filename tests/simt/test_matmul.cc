@@ -31,7 +31,8 @@ struct Operands {
         bias(filled(x.n, 3)),
         residual(filled(x.m * (x.n + x.pad), 4)) {
     const bool back = activation >= Activation::gelu_backward, gated = activation == Activation::swiglu_backward;
-    const int64_t columns = (gated ? 2 : 1) * x.n + x.pad, kept = activation == Activation::swiglu ? x.n / 2 + x.pad : x.n + x.pad;
+    const int64_t columns = (gated ? 2 : 1) * x.n + x.pad,
+                  kept = activation == Activation::swiglu ? x.n / 2 + x.pad : x.n + x.pad;
     c = filled(x.m * columns, 5);
     pre = filled(x.m * columns, 6, 2);
     activated = Memory<T>(x.m * kept);
@@ -74,10 +75,19 @@ Result run(const Case& x, Activation activation = Activation::none, bool with = 
 }
 
 std::vector<Case> shapes() {
-  std::vector<Case> all = {{1, 8, 8},          {16, 64, 32},         {17, 40, 72},           {5, 3, 7, false, false, 1},
-                           {130, 136, 40},     {33, 24, 56, false, true}, {24, 40, 19, true, true}, {40, 16, 24, true, false},
-                           {9, 11, 13, true, true, 2}, {7, 9, 21, true, false, 1}, {3, 70, 33, false, true, 3}};
-  if (!kSmall) all.push_back({150, 260, 200}), all.push_back({140, 130, 70, false, true}), all.push_back({136, 144, 50, true, true});
+  std::vector<Case> all = {{1, 8, 8},
+                           {16, 64, 32},
+                           {17, 40, 72},
+                           {5, 3, 7, false, false, 1},
+                           {130, 136, 40},
+                           {33, 24, 56, false, true},
+                           {24, 40, 19, true, true},
+                           {40, 16, 24, true, false},
+                           {9, 11, 13, true, true, 2},
+                           {7, 9, 21, true, false, 1},
+                           {3, 70, 33, false, true, 3}};
+  if (!kSmall)
+    all.push_back({150, 260, 200}), all.push_back({140, 130, 70, false, true}), all.push_back({136, 144, 50, true, true});
   return all;
 }
 
@@ -92,7 +102,8 @@ TEST(every_shape_and_layout_is_the_cpus_product) {
     for (int64_t i = 0; i < x.m; ++i)
       for (int64_t j = 0; j < x.n; ++j) {
         const double exact = cpu.c[i * cpu.g.c_row + j];
-        worst = std::fmax(worst, std::fabs(value(mine.c[i * cpu.g.c_row + j]) - exact)), largest = std::fmax(largest, std::fabs(exact));
+        worst = std::fmax(worst, std::fabs(value(mine.c[i * cpu.g.c_row + j]) - exact)),
+        largest = std::fmax(largest, std::fabs(exact));
       }
     CHECK(worst <= largest * 0x1p-8, x.name(), worst, largest);  // half a unit in the last place of bf16, twice
   }
@@ -131,8 +142,9 @@ TEST(what_is_fused_is_what_the_kernels_of_their_own_compute) {
           tc::swiglu({1, width, row, row + width, plain.g.c_row, y.data(), width}, nullptr);
         else
           tc::gelu({width, row, y.data(), activation == Activation::gelu_erf}, nullptr);
-        CHECK(std::memcmp(y.data(), fused.activated.data() + i * fused.g.activated_row, static_cast<std::size_t>(width) * 2) == 0,
-              x.name(), i);
+        CHECK(
+            std::memcmp(y.data(), fused.activated.data() + i * fused.g.activated_row, static_cast<std::size_t>(width) * 2) == 0,
+            x.name(), i);
       }
     }
 }
@@ -182,8 +194,7 @@ TEST(both_tiles_and_every_place_give_the_same_bits) {
   for (int64_t j = 0; j < 64; ++j)
     for (int64_t p = 0; p < 64; ++p) shifted.b[j * 65 + p] = aligned.b[j * 64 + p];
   tc::matmul(aligned.g, nullptr), tc::matmul(shifted.g, nullptr);
-  for (int64_t i = 0; i < 20; ++i)
-    CHECK(std::memcmp(aligned.c.data() + i * 64, shifted.c.data() + i * 65, 128) == 0, i);
+  for (int64_t i = 0; i < 20; ++i) CHECK(std::memcmp(aligned.c.data() + i * 64, shifted.c.data() + i * 65, 128) == 0, i);
 }
 
 // P4: gradients of parts of a batch, one after the other, are those of the whole; with steps that no two sequences share.
@@ -204,7 +215,8 @@ TEST(a_sum_over_tokens_goes_on_where_it_was) {
     Memory<float> c(x.m * x.n);
     int64_t token = 0;
     for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-      const std::vector<int32_t> part(lengths.begin() + static_cast<int64_t>(cuts[i]), lengths.begin() + static_cast<int64_t>(cuts[i + 1]));
+      const std::vector<int32_t> part(lengths.begin() + static_cast<int64_t>(cuts[i]),
+                                      lengths.begin() + static_cast<int64_t>(cuts[i + 1]));
       const Memory<int32_t> steps = steps_of(part);
       Matmul g = o.g;
       g.k = 0;
@@ -224,7 +236,8 @@ TEST(a_sum_over_tokens_goes_on_where_it_was) {
 }
 
 TEST(banks_do_not_conflict_and_sectors_are_whole) {
-  for (const Case& x : {Case{128, 128, 64}, Case{16, 64, 64}, Case{128, 128, 64, false, true}, Case{128, 128, 64, true, true}}) {
+  for (const Case& x :
+       {Case{128, 128, 64}, Case{16, 64, 64}, Case{128, 128, 64, false, true}, Case{128, 128, 64, true, true}}) {
     simt::Run counted({simt::Schedule::forward, 0, true});
     run(x);
     for (const simt::Launch& l : counted.launches) {
