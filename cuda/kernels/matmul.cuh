@@ -2,7 +2,7 @@
 //
 // Types    A, B, bias, residual, pre, activated bf16; C bf16, or float (c_state). a_state: scalar_head.cuh's affair.
 // Order    of every element one chain of m16n8k16 over ascending k in float, from 0 or from what C holds; never split. So a row
-//          has the same bits in both tile shapes, wherever it lies, whatever the other rows are. A step's 16 products are added
+//          has the same bits in all tile shapes, wherever it lies, whatever the other rows are. A step's 16 products are added
 //          by the tensor core at once, in an order of its own: where k are tokens, `k_steps` says which tokens are a step, and
 //          no step spans two sequences. An element-wise function sees the sum as C keeps it, rounded to bf16.
 // Tiles    128 x 128 of C in 4 warps of 64 x 64 (training, prefill), or 16 x 64 in 4 warps of 16 x 16 (decode: m <= 16), 32
@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 
 #include "cuda/kernels/gelu.cuh"
@@ -449,18 +450,24 @@ void launch_product(Product product, cudaStream_t stream) {
          dim3(kProductThreads), Shape::kBytes, stream, product);
 }
 
-// The large tiles where both operands are aligned and lie as the engine has them; else the small ones, for the same bits.
+// What is launched: by the operands' alignment and by how many tiles there are. None of it shows in a bit.
+enum class Tiles { large, medium, small };
+// So many large tiles keep a GPU of 132 multiprocessors busy, two of them each; with fewer, four times as many medium ones do.
+constexpr int64_t kTilesThatFill = 264;
+
 template <Lies a_lies, Lies b_lies>
-void launch_product(const Product& product, bool aligned, bool few, cudaStream_t stream) {
+void launch_product(const Product& product, bool aligned, Tiles tiles, cudaStream_t stream) {
   if (!aligned) return launch_product<16, 64, 1, 8, a_lies, b_lies, false>(product, stream);
-  constexpr bool kLarge = a_lies == Lies::along || b_lies == Lies::across;
-  if constexpr (kLarge)
-    if (!few) return launch_product<128, 128, 2, 4, a_lies, b_lies, true>(product, stream);
-  if constexpr (a_lies == Lies::along || !kLarge) launch_product<16, 64, 1, 8, a_lies, b_lies, true>(product, stream);
+  constexpr bool kUsual = a_lies == Lies::along || b_lies == Lies::across;  // lies as the engine has them
+  if constexpr (kUsual) {
+    if (tiles == Tiles::large) return launch_product<128, 128, 2, 4, a_lies, b_lies, true>(product, stream);
+    if (tiles == Tiles::medium) return launch_product<64, 64, 2, 4, a_lies, b_lies, true>(product, stream);
+  }
+  if constexpr (a_lies == Lies::along || !kUsual) launch_product<16, 64, 1, 8, a_lies, b_lies, true>(product, stream);
 }
 
-// `tall`: the large tiles even where few rows are meant for the small ones; the bits are the same.
-inline void matmul(const Matmul& g, cudaStream_t stream, bool tall = false) {
+// `tiles`: instead of those that suit the shape; the bits are the same.
+inline void matmul(const Matmul& g, cudaStream_t stream, std::optional<Tiles> tiles = {}) {
   if (g.m == 0 || g.n == 0) return;
   if (g.a_state || g.packed != nullptr) throw std::invalid_argument("matmul on a CUDA device: A is bf16, B is not packed");
   const bool a_along = g.a_col == 1, b_along = g.b_row == 1;
@@ -478,15 +485,17 @@ inline void matmul(const Matmul& g, cudaStream_t stream, bool tall = false) {
                    (g.activation == Activation::none || (swiglu ? g.n / 2 : g.n) % kChunk == 0);
   const bool aligned = rows_aligned(g.a, a_along ? g.a_row : g.a_col) && rows_aligned(g.b, b_along ? g.b_col : g.b_row) &&
                        (b_along || !swiglu || g.n / 2 % kChunk == 0);
-  const bool few = a_along && g.m <= 16 && !tall;
+  const int64_t large = (g.m + 127) / 128 * ((g.n + 127) / 128);
+  const Tiles suited = a_along && g.m <= 16 ? Tiles::small : large < kTilesThatFill ? Tiles::medium : Tiles::large;
+  const Tiles chosen = tiles.value_or(suited);
   if (a_along && b_along)
-    launch_product<Lies::along, Lies::along>(product, aligned, few, stream);
+    launch_product<Lies::along, Lies::along>(product, aligned, chosen, stream);
   else if (a_along)
-    launch_product<Lies::along, Lies::across>(product, aligned, few, stream);
+    launch_product<Lies::along, Lies::across>(product, aligned, chosen, stream);
   else if (b_along)
-    launch_product<Lies::across, Lies::along>(product, aligned, few, stream);
+    launch_product<Lies::across, Lies::along>(product, aligned, chosen, stream);
   else
-    launch_product<Lies::across, Lies::across>(product, aligned, few, stream);
+    launch_product<Lies::across, Lies::across>(product, aligned, chosen, stream);
 }
 
 }  // namespace tutelage::cuda

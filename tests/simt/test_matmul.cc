@@ -68,9 +68,9 @@ struct Result {
   Memory<bf16> c, activated;
   bool operator==(const Result& o) const { return c == o.c && activated == o.activated; }
 };
-Result run(const Case& x, Activation activation = Activation::none, bool with = false, bool tall = false) {
+Result run(const Case& x, Activation activation = Activation::none, bool with = false, std::optional<tc::Tiles> tiles = {}) {
   Operands<bf16> o(x, activation, with);
-  tc::matmul(o.g, nullptr, tall);
+  tc::matmul(o.g, nullptr, tiles);
   return {o.c, o.activated};
 }
 
@@ -174,10 +174,15 @@ TEST(the_backward_of_an_activation_is_what_its_own_kernel_computes) {
 }
 
 // Decode and training, and a row wherever it lies: one chain.
-TEST(both_tiles_and_every_place_give_the_same_bits) {
-  const Case x{16, 200, 136};
-  CHECK(run(x, Activation::none, false, false) == run(x, Activation::none, false, true));
-  CHECK(run(x, Activation::swiglu, true, false) == run(x, Activation::swiglu, true, true));
+TEST(all_tiles_and_every_place_give_the_same_bits) {
+  for (const Case& x : {Case{16, 200, 136}, Case{70, 80, 40, false, true}}) {
+    for (Activation activation : {Activation::none, Activation::swiglu}) {
+      const Result large = run(x, activation, true, tc::Tiles::large);
+      for (tc::Tiles tiles : {tc::Tiles::medium, tc::Tiles::small}) CHECK(run(x, activation, true, tiles) == large, x.name());
+    }
+  }
+  const Case across{80, 72, 60, true, true};
+  CHECK(run(across, Activation::none, false, tc::Tiles::large) == run(across, Activation::none, false, tc::Tiles::medium));
   const Case tall{150, 72, 88};
   Operands<bf16> all(tall);
   tc::matmul(all.g, nullptr);
@@ -239,7 +244,7 @@ TEST(banks_do_not_conflict_and_sectors_are_whole) {
   for (const Case& x :
        {Case{128, 128, 64}, Case{16, 64, 64}, Case{128, 128, 64, false, true}, Case{128, 128, 64, true, true}}) {
     simt::Run counted({simt::Schedule::forward, 0, true});
-    run(x);
+    run(x), run(x, Activation::none, false, tc::Tiles::large);
     for (const simt::Launch& l : counted.launches) {
       CHECK(l.bank_conflicts == 0, x.name(), l.bank_conflicts, l.worst_bank_conflict);
       CHECK(l.excess_sectors == 0, x.name(), l.excess_sectors, l.worst_excess);
