@@ -21,12 +21,15 @@ class KernelsConfig:
         only: names of kernels (none: all).
         quick: the first shape of each kernel, short samples, two rounds.
         rounds: samples of each contender.
+        device: cuda: the GPU's kernels, timed by CUDA events with a cold L2, as fractions of the data sheet's peak and against
+            torch; each is checked against float64 first. cuda-sim: checked at small shapes, nothing timed.
         json: a file to write the JSON line to as well.
     """
 
     only: tuple[str, ...] = ()
     quick: bool = False
     rounds: int = 5
+    device: Literal["cpu", "cuda", "cuda-sim"] = "cpu"
     json: Path | None = None
 
 
@@ -126,10 +129,13 @@ def run(config: KernelsConfig | TrainConfig | RolloutConfig | LoopsConfig | Labe
     """Measures, prints a table and one line of JSON, and returns what that line says.
 
     Raises:
-        ValueError: naming a kernel or shape that there is none of; fewer than one round or step.
+        ValueError: naming a kernel or shape that there is none of; fewer than one round or step; a device that does not
+            work here, and why.
     """
-    from . import kernels, loops, rollout, train
+    from . import gpu, kernels, loops, rollout, train
 
+    if isinstance(config, KernelsConfig) and config.device != "cpu":
+        return gpu.run(config)
     if isinstance(config, LabelConfig):
         from . import label  # alone needs a web server
 

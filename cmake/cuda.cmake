@@ -27,6 +27,7 @@ if(TUTELAGE_CUDA_BUILT)
   set(cuda_flags -std=c++20 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -I${CMAKE_CURRENT_SOURCE_DIR}
     -I${CMAKE_CURRENT_SOURCE_DIR}/cpp)
   file(GLOB cuda_units CONFIGURE_DEPENDS cuda/units/*.cu)
+  list(APPEND cuda_units ${CMAKE_CURRENT_SOURCE_DIR}/cuda/backend.cu)
   foreach(unit IN LISTS cuda_units)
     get_filename_component(name ${unit} NAME_WE)
     set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.o)
@@ -36,5 +37,13 @@ if(TUTELAGE_CUDA_BUILT)
       DEPENDS ${unit} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
     list(APPEND TUTELAGE_CUDA_OBJECTS ${object})
   endforeach()
+  # The runtime, linked statically: the module loads where there is no driver, and looks for one when it is first used. nvcc may
+  # be a script, so it is asked where it lives.
+  execute_process(COMMAND ${TUTELAGE_NVCC} --dryrun -x cu -c /dev/null ERROR_VARIABLE plan OUTPUT_QUIET)
+  string(REGEX MATCH "TOP=([^\n]+)" top "${plan}")
+  find_library(TUTELAGE_CUDART NAMES libcudart_static.a REQUIRED
+    HINTS ${CMAKE_MATCH_1} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
+  mark_as_advanced(TUTELAGE_CUDART)
+  set(TUTELAGE_CUDA_LIBRARIES ${TUTELAGE_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
   add_custom_target(tutelage_cuda DEPENDS ${TUTELAGE_CUDA_OBJECTS})
 endif()

@@ -1,5 +1,5 @@
-"""Checks what `python -m build` made: one sdist, one wheel under 5 MB, no OpenMP runtime inside but the labelling page, and it
-imports in another environment without a compiler (torch comes from this one).
+"""Checks what `python -m build` made: one sdist, one wheel under 5 MB, the labelling page and no OpenMP runtime inside, and it
+imports and scores, on the CPU and on the CUDA emulator, in another environment without a compiler (torch comes from this one).
 
 python tools/check_wheel.py DIST_FOLDER
 """
@@ -45,15 +45,21 @@ def main() -> int:
             sysconfig.get_path("purelib") + "\n"
         )
         code = (
-            "import tutelage as tl, pathlib; m = tl.Model(tl.ModelConfig(64, 16, 32, 1, 2)); "
-            "print(float(m.score(tl.pack([[1, 2, 3]])).logprobs.sum())); print(tl.__file__)"
+            "import tutelage as tl\n"
+            "for device in ('cpu', 'cuda-sim'):\n"
+            "    m = tl.Model(tl.ModelConfig(64, 16, 32, 1, 2), device=device)\n"
+            "    print(float(m.score(tl.pack([[1, 2, 3]])).logprobs.sum()))\n"
+            "print(tl.__file__)"
         )
         done = subprocess.run([python, "-c", code], check=True, env=environment, capture_output=True, text=True, cwd=scratch)
-    logprob, where = done.stdout.split()
+    logprob, emulated, where = done.stdout.split()
     if not where.startswith(scratch):
         print(f"the wheel was not what was imported, but {where}", file=sys.stderr)
         return 1
-    print(f"imports and scores without a compiler: {logprob}")
+    if abs(float(emulated) - float(logprob)) > 0.01 * abs(float(logprob)):
+        print(f"cuda-sim scores {emulated}, the CPU {logprob}: they must agree to a percent", file=sys.stderr)
+        return 1
+    print(f"imports and scores without a compiler: {logprob}; on cuda-sim {emulated}")
     return 0
 
 

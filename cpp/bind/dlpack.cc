@@ -39,7 +39,9 @@ TensorArgument::TensorArgument(py::handle tensor, const std::string& name) {
   view.name = name;
   view.data = static_cast<char*>(source.data) + source.byte_offset;
   view.dtype = dtype_of(source.dtype);
-  view.on_cpu = source.device.type == dlpack::kCpu;
+  view.place = source.device.type == dlpack::kCpu    ? Place::cpu
+               : source.device.type == dlpack::kCuda ? Place::cuda
+                                                     : Place::other;
   view.shape.assign(source.shape, source.shape + source.rank);
   if (source.strides != nullptr) {
     view.strides.assign(source.strides, source.strides + source.rank);

@@ -40,7 +40,7 @@ struct ManagedTensor {
   void* context;
   void (*deleter)(ManagedTensor*);
 };
-constexpr std::int32_t kCpu = 1;
+constexpr std::int32_t kCpu = 1, kCuda = 2;
 constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 }  // namespace dlpack

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "bind/device.h"
 #include "bind/signals.h"
 
 using namespace pybind11::literals;
@@ -53,16 +54,23 @@ py::tuple completion(BoundGenerator& g, std::size_t request) {
 }  // namespace
 
 void bind_generator(py::module_& m) {
-  py::class_<PackedWeights, std::shared_ptr<PackedWeights>>(m, "PackedWeights", "A model's matrices, packed for generation.")
+  py::class_<PackedWeights, std::shared_ptr<PackedWeights>>(m, "PackedWeights", py::module_local(),
+                                                            "A model's matrices, packed for generation.")
       .def_property_readonly("bytes", &PackedWeights::bytes)
       .def_property_readonly("half", &PackedWeights::half);
-  py::class_<GeneratorOptions>(m, "GeneratorOptions", "How a generator works; none of it changes what it makes.")
+  py::class_<GeneratorOptions>(m, "GeneratorOptions", py::module_local(),
+                               "How a generator works; none of it changes what it makes.")
       .def(py::init(&make_options), "kv_cache_bytes"_a, "prefill_chunk"_a, "max_sequences"_a, "share_prefixes"_a, "threads"_a);
-  py::class_<BoundGenerator>(m, "Generator", "Continuous batching over one model's weights.")
+  py::class_<BoundGenerator>(m, "Generator", py::module_local(), "Continuous batching over one model's weights.")
       .def("add", &add, "prompt"_a, "max_new_tokens"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a, "sample"_a,
            "stop_token_ids"_a, "stop_strings"_a)
       .def(
-          "step", [](BoundGenerator& g) { return (*g).step(); }, py::call_guard<py::gil_scoped_release>(),
+          "step",
+          [](BoundGenerator& g) {
+            const DeviceCall call;
+            const py::gil_scoped_release unlocked;
+            return (*g).step();
+          },
           "Every token that is due; False when nothing is left to do.")
       .def("completion", &completion, "request"_a, "(tokens, logprobs, support_logprobs, reason) so far.")
       .def_property_readonly(

@@ -1,20 +1,23 @@
 // Every kernel of the table, callable from Python: tensors in, tensors that Python allocated filled. Each function checks all
 // its arguments (errors name them), then lets go of the GIL. tutelage/kernels.py makes differentiable torch ops of them.
 //
-// All tensors are contiguous. float32 runs the active level, or the one that `level` names; float64 the float64 table.
+// All tensors are contiguous. On the CPU float32 runs the active level, or the one that `level` names, and float64 the float64
+// table; on a device activations and weights are bfloat16 and the rest float32.
 // Test: tests/python/test_kernels.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bind/device.h"
 #include "bind/dlpack.h"
+#include "bind/module.h"
 #include "core/error.h"
-#include "kernels/select.h"
 
 namespace tutelage {
 namespace {
@@ -26,29 +29,55 @@ using LevelName = std::optional<std::string>;
 class Argument : public TensorArgument {
  public:
   Argument(py::handle tensor, const std::string& name, DType dtype, const Shape& shape) : TensorArgument(tensor, name) {
-    view.require_cpu().require_dtype(dtype).require_shape(shape).require_contiguous();
+    view.require_place(kPlace).require_dtype(dtype).require_shape(shape).require_contiguous();
   }
 };
 
-// One call: the dtype that its first tensor sets for all of them, the table that goes with it, the threads.
+// One call: the table that its first tensor asks for, and the two types that go with that: of activations and weights, and of
+// statistics, parameters' gradients, logits and the optimizer's state.
 class Call {
  public:
-  Call(py::handle first, const std::string& name, int threads, const LevelName& level) : threads_(threads) {
+  Call(py::handle first, const std::string& name, int threads, const LevelName& level, bool state = false) : threads_(threads) {
     if (threads < 1) throw ArgumentError("threads must be at least 1, but it is " + std::to_string(threads));
     const TensorArgument argument(first, name);
-    dtype_ = argument.view.dtype;
-    if (dtype_ != DType::float32 && dtype_ != DType::float64)
-      throw ArgumentError("argument '" + name + "' must be float32 or float64, but it is " + argument.view.describe());
-    table_ = level ? &find_table(*level) : dtype_ == DType::float32 ? &active_table() : float64_table();
-    if (table_->activation_size != dtype_size(dtype_))
-      throw ArgumentError("level '" + *level + "' does not take " + dtype_name(dtype_) + " tensors");
+    table_ = &table_for(argument.view, level);
+    const DType expected = state ? state_type() : activation_type();
+    if (argument.view.dtype == expected) return;
+    if (level) throw ArgumentError("level '" + *level + "' does not take " + dtype_name(argument.view.dtype) + " tensors");
+    argument.view.require_dtype(expected);
   }
 
-  Argument real(py::handle tensor, const std::string& name, const Shape& shape) const { return {tensor, name, dtype_, shape}; }
+  Argument real(py::handle tensor, const std::string& name, const Shape& shape) const {
+    return {tensor, name, activation_type(), shape};
+  }
+  Argument state(py::handle tensor, const std::string& name, const Shape& shape) const {
+    return {tensor, name, state_type(), shape};
+  }
   // None where the caller has none
   std::optional<Argument> optional_real(const py::object& tensor, const std::string& name, const Shape& shape) const {
     if (tensor.is_none()) return std::nullopt;
     return real(tensor, name, shape);
+  }
+  std::optional<Argument> optional_state(const py::object& tensor, const std::string& name, const Shape& shape) const {
+    if (tensor.is_none()) return std::nullopt;
+    return state(tensor, name, shape);
+  }
+  // Of either type; whether it is of the state's, where that is another.
+  std::pair<Argument, bool> either(py::handle tensor, const std::string& name, const Shape& shape) const {
+    const bool is_state = TensorArgument(tensor, name).view.dtype == state_type() && state_type() != activation_type();
+    return {is_state ? state(tensor, name, shape) : real(tensor, name, shape), is_state};
+  }
+
+  bool rounds() const { return table_->activation_size == 2; }
+
+  // A list that kernels read, for the host.
+  std::vector<std::int32_t> on_host(const std::int32_t* list, std::int64_t n) const {
+    std::vector<std::int32_t> copy(static_cast<std::size_t>(n));
+    if (table_->download == nullptr)
+      std::copy_n(list, n, copy.begin());
+    else
+      table_->download(copy.data(), list, copy.size() * sizeof(std::int32_t));
+    return copy;
   }
 
   template <class Parameters>
@@ -58,12 +87,22 @@ class Call {
   }
 
  private:
+  DType activation_type() const {
+    return table_->activation_size == 2 ? DType::bfloat16 : table_->activation_size == 8 ? DType::float64 : DType::float32;
+  }
+  DType state_type() const { return table_->state_size == 8 ? DType::float64 : DType::float32; }
+
   int threads_;
-  DType dtype_ = DType::other;
   const KernelTable* table_ = nullptr;
+  DeviceCall device_;
 };
 
 void* data_of(const std::optional<Argument>& argument) { return argument ? argument->view.data : nullptr; }
+
+// Lists of whole numbers lie where the numbers do. Those on the CPU are checked; those on a GPU are taken as they are, for this
+// is where kernels are measured and tested.
+constexpr std::int64_t kAny = -1;
+bool readable() { return kPlace == Place::cpu; }
 
 Argument integers(py::handle tensor, const char* name, std::int64_t size) { return {tensor, name, DType::int32, {size}}; }
 
@@ -71,9 +110,9 @@ struct Sequences {
   Argument cu_seqlens;
   std::int64_t count;
   Sequences(py::handle tensor, std::int64_t tokens)
-      : cu_seqlens(integers(tensor, "cu_seqlens", -1)), count(cu_seqlens.extent(0) - 1) {
+      : cu_seqlens(integers(tensor, "cu_seqlens", kAny)), count(cu_seqlens.extent(0) - 1) {
     if (count < 0) throw ArgumentError("argument 'cu_seqlens' must hold at least one entry, 0");
-    require_cu_seqlens(data(), count, tokens);
+    if (readable()) require_cu_seqlens(data(), count, tokens);
   }
   const std::int32_t* data() const { return cu_seqlens.data<std::int32_t>(); }
 };
@@ -82,7 +121,7 @@ struct Sequences {
 Argument token_ids(py::handle tensor, const char* name, std::int64_t tokens, std::int64_t limit) {
   Argument ids = integers(tensor, name, tokens);
   const std::int32_t whole[] = {0, static_cast<std::int32_t>(ids.extent(0))};
-  require_token_ids(name, ids.data<std::int32_t>(), ids.extent(0), limit, whole, 1);
+  if (readable()) require_token_ids(name, ids.data<std::int32_t>(), ids.extent(0), limit, whole, 1);
   return ids;
 }
 
@@ -137,7 +176,8 @@ void bind_matmul(py::module_& m) {
         if (gated && g.n % 2 != 0)
           throw ArgumentError("swiglu needs an even number of columns, but there are " + std::to_string(g.n));
         const std::int64_t c_columns = g.activation == Activation::swiglu_backward ? 2 * g.n : g.n;
-        const Argument c_view = call.real(c, "c", {g.m, c_columns});
+        const auto [c_view, c_state] = call.either(c, "c", {g.m, c_columns});
+        g.c_state = c_state;
         const auto bias_view = call.optional_real(bias, "bias", {g.n});
         const auto residual_view = call.optional_real(residual, "residual", {g.m, g.n});
         const auto activated_view = call.optional_real(activated, "activated", {g.m, gated ? g.n / 2 : g.n});
@@ -170,7 +210,7 @@ void bind_matmul(py::module_& m) {
         const Call call(x, "x", threads, level);
         const Argument x_view = call.real(x, "x", {-1, -1});
         const std::int64_t rows = x_view.extent(0), d = x_view.extent(1);
-        const Argument out_view = call.real(out, "out", {d});
+        const Argument out_view = call.state(out, "out", {d});
         call.run(&KernelTable::column_sum, {rows, d, x_view.view.data, d, out_view.view.data});
       },
       "x"_a, "out"_a, py::kw_only(), "threads"_a, "level"_a = py::none(), "out [d] += sum over the rows of x [rows, d].");
@@ -202,7 +242,10 @@ struct AttentionArguments {
     if (window < 0) throw ArgumentError("window must be at least 1, or none, but it is " + std::to_string(window));
     if (window > 0 && !causal) throw ArgumentError("a window needs causal attention");
     require_positive(scale, "scale");
-    shape = {sequences.count, sequences.data(), heads, kv_heads, head_dim, causal, window, scale};
+    shape = {sequences.count, sequences.data(), heads, kv_heads, head_dim, causal, window, scale, tokens};
+    const std::vector<std::int32_t> offsets = call.on_host(sequences.data(), sequences.count + 1);
+    for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
+      shape.longest = std::max<std::int64_t>(shape.longest, offsets[s + 1] - offsets[s]);
   }
   std::int64_t q_row() const { return heads * head_dim; }
   std::int64_t k_row() const { return kv_heads * head_dim; }
@@ -215,7 +258,7 @@ void bind_attention(py::module_& m) {
          std::int64_t window, double scale, int threads, const LevelName& level) {
         const Call call(q, "q", threads, level);
         const AttentionArguments in(call, q, k, v, cu_seqlens, causal, window, scale);
-        const Argument o_view = call.real(o, "o", in.q.view.shape), lse_view = call.real(lse, "lse", {in.tokens, in.heads});
+        const Argument o_view = call.real(o, "o", in.q.view.shape), lse_view = call.state(lse, "lse", {in.tokens, in.heads});
         if (in.tokens == 0) return;
         Attention g;
         g.shape = in.shape;
@@ -234,7 +277,7 @@ void bind_attention(py::module_& m) {
          const LevelName& level) {
         const Call call(q, "q", threads, level);
         const AttentionArguments in(call, q, k, v, cu_seqlens, causal, window, scale);
-        const Argument o_view = call.real(o, "o", in.q.view.shape), lse_view = call.real(lse, "lse", {in.tokens, in.heads});
+        const Argument o_view = call.real(o, "o", in.q.view.shape), lse_view = call.state(lse, "lse", {in.tokens, in.heads});
         const Argument d_o_view = call.real(d_o, "d_o", in.q.view.shape), dq_view = call.real(dq, "dq", in.q.view.shape);
         const Argument dk_view = call.real(dk, "dk", in.k.view.shape), dv_view = call.real(dv, "dv", in.k.view.shape);
         if (in.tokens == 0) return;
@@ -265,7 +308,7 @@ void bind_norms(py::module_& m) {
         require_not_empty(d, "x", "column");
         require_eps(eps);
         const Argument weight_view = call.real(weight, "weight", {d}), y_view = call.real(y, "y", {tokens, d});
-        const Argument rstd_view = call.real(rstd, "rstd", {tokens});
+        const Argument rstd_view = call.state(rstd, "rstd", {tokens});
         const auto residual_view = call.optional_real(residual, "residual", {tokens, d});
         const auto sum_view = call.optional_real(sum, "sum", {tokens, d});
         if (residual_view.has_value() != sum_view.has_value())
@@ -286,9 +329,9 @@ void bind_norms(py::module_& m) {
         const Argument x_view = call.real(x, "x", {-1, -1});
         const std::int64_t tokens = x_view.extent(0), d = x_view.extent(1);
         require_not_empty(d, "x", "column");
-        const Argument weight_view = call.real(weight, "weight", {d}), rstd_view = call.real(rstd, "rstd", {tokens});
+        const Argument weight_view = call.real(weight, "weight", {d}), rstd_view = call.state(rstd, "rstd", {tokens});
         const Argument dy_view = call.real(dy, "dy", {tokens, d}), dx_view = call.real(dx, "dx", {tokens, d});
-        const Argument dweight_view = call.real(dweight, "dweight", {d});
+        const Argument dweight_view = call.state(dweight, "dweight", {d});
         RmsNormBackward g;
         g.tokens = tokens, g.d = d, g.x = x_view.view.data, g.x_row = d, g.weight = weight_view.view.data;
         g.rstd = rstd_view.view.data, g.dy = dy_view.view.data, g.dy_row = d;
@@ -308,7 +351,7 @@ void bind_norms(py::module_& m) {
         require_eps(eps);
         const Argument weight_view = call.real(weight, "weight", {d}), bias_view = call.real(bias, "bias", {d});
         const Argument y_view = call.real(y, "y", {tokens, d});
-        const Argument mean_view = call.real(mean, "mean", {tokens}), rstd_view = call.real(rstd, "rstd", {tokens});
+        const Argument mean_view = call.state(mean, "mean", {tokens}), rstd_view = call.state(rstd, "rstd", {tokens});
         const auto residual_view = call.optional_real(residual, "residual", {tokens, d});
         const auto sum_view = call.optional_real(sum, "sum", {tokens, d});
         if (residual_view.has_value() != sum_view.has_value())
@@ -332,9 +375,9 @@ void bind_norms(py::module_& m) {
         const std::int64_t tokens = x_view.extent(0), d = x_view.extent(1);
         require_not_empty(d, "x", "column");
         const Argument weight_view = call.real(weight, "weight", {d});
-        const Argument mean_view = call.real(mean, "mean", {tokens}), rstd_view = call.real(rstd, "rstd", {tokens});
+        const Argument mean_view = call.state(mean, "mean", {tokens}), rstd_view = call.state(rstd, "rstd", {tokens});
         const Argument dy_view = call.real(dy, "dy", {tokens, d}), dx_view = call.real(dx, "dx", {tokens, d});
-        const Argument dweight_view = call.real(dweight, "dweight", {d}), dbias_view = call.real(dbias, "dbias", {d});
+        const Argument dweight_view = call.state(dweight, "dweight", {d}), dbias_view = call.state(dbias, "dbias", {d});
         LayerNormBackward g;
         g.tokens = tokens, g.d = d, g.x = x_view.view.data, g.x_row = d, g.weight = weight_view.view.data;
         g.mean = mean_view.view.data, g.rstd = rstd_view.view.data, g.dy = dy_view.view.data, g.dy_row = d;
@@ -357,12 +400,12 @@ void bind_elementwise(py::module_& m) {
         const Argument x_view = call.real(x, "x", {-1, -1, -1}), y_view = call.real(y, "y", x_view.view.shape);
         const std::int64_t tokens = x_view.extent(0), heads = x_view.extent(1), d = x_view.extent(2);
         if (d % 2 != 0) throw ArgumentError("rope needs an even head dimension, but argument 'x' is " + x_view.view.describe());
-        const Argument cos_view = call.real(cosines, "cos", {-1, d / 2});
+        const Argument cos_view = call.state(cosines, "cos", {-1, d / 2});
         const std::int64_t rows = cos_view.extent(0);
-        const Argument sin_view = call.real(sines, "sin", {rows, d / 2}),
+        const Argument sin_view = call.state(sines, "sin", {rows, d / 2}),
                        position_view = integers(positions, "positions", tokens);
         const std::int32_t* at = position_view.data<std::int32_t>();
-        for (std::int64_t t = 0; t < tokens; ++t)
+        for (std::int64_t t = 0; readable() && t < tokens; ++t)
           if (at[t] < 0 || at[t] >= rows)
             throw ArgumentError("positions: position " + std::to_string(at[t]) + " of token " + std::to_string(t) +
                                 " is outside the cos and sin tables of " + std::to_string(rows) + " rows");
@@ -436,7 +479,7 @@ void bind_elementwise(py::module_& m) {
       "embedding_backward",
       [](py::handle ids, py::handle dy, py::handle dtable, int threads, const LevelName& level) {
         const Call call(dy, "dy", threads, level);
-        const Argument dtable_view = call.real(dtable, "dtable", {-1, -1});
+        const Argument dtable_view = call.state(dtable, "dtable", {-1, -1});
         const std::int64_t d = dtable_view.extent(1);
         const Argument id_view = token_ids(ids, "ids", -1, dtable_view.extent(0));
         const Argument dy_view = call.real(dy, "dy", {id_view.extent(0), d});
@@ -461,10 +504,10 @@ void bind_linear_logprob(py::module_& m) {
         const Argument weight_view = call.real(weight, "weight", {-1, d});
         const std::int64_t vocab = weight_view.extent(0);
         const Argument target_view = token_ids(targets, "targets", rows, vocab);
-        const Argument logprob_view = call.real(logprob, "logprob", {rows}),
-                       entropy_view = call.real(entropy, "entropy", {rows});
-        const Argument lse_view = call.real(lse, "lse", {rows});
-        const auto z_view = call.optional_real(z, "z", {rows, vocab});
+        const Argument logprob_view = call.state(logprob, "logprob", {rows}),
+                       entropy_view = call.state(entropy, "entropy", {rows});
+        const Argument lse_view = call.state(lse, "lse", {rows});
+        const auto z_view = call.optional_state(z, "z", {rows, vocab});
         if (rows == 0) return;
         LinearLogprob g;
         g.rows = rows, g.hidden = d, g.vocab = vocab, g.x = hidden_view.view.data, g.weight = weight_view.view.data;
@@ -489,12 +532,12 @@ void bind_linear_logprob(py::module_& m) {
         const Argument weight_view = call.real(weight, "weight", {-1, d});
         const std::int64_t vocab = weight_view.extent(0);
         const Argument target_view = token_ids(targets, "targets", rows, vocab);
-        const Argument entropy_view = call.real(entropy, "entropy", {rows}), lse_view = call.real(lse, "lse", {rows});
-        const Argument d_logprob_view = call.real(d_logprob, "d_logprob", {rows});
-        const Argument d_entropy_view = call.real(d_entropy, "d_entropy", {rows});
+        const Argument entropy_view = call.state(entropy, "entropy", {rows}), lse_view = call.state(lse, "lse", {rows});
+        const Argument d_logprob_view = call.state(d_logprob, "d_logprob", {rows});
+        const Argument d_entropy_view = call.state(d_entropy, "d_entropy", {rows});
         const auto dx_view = call.optional_real(dx, "dx", {rows, d});
-        const auto dweight_view = call.optional_real(dweight, "dweight", {vocab, d});
-        const auto z_view = call.optional_real(z, "z", {rows, vocab});
+        const auto dweight_view = call.optional_state(dweight, "dweight", {vocab, d});
+        const auto z_view = call.optional_state(z, "z", {rows, vocab});
         if (!z_view && block_rows < 1)
           throw ArgumentError("block_rows must be at least 1 where no logits are kept, but it is " +
                               std::to_string(block_rows));
@@ -520,15 +563,15 @@ void bind_sums(py::module_& m) {
       "total",
       [](py::handle x, py::handle out, const py::object& mask, const py::object& cu_seqlens, int threads,
          const LevelName& level) {
-        const Call call(x, "x", threads, level);
-        const Argument x_view = call.real(x, "x", {-1});
+        const Call call(x, "x", threads, level, true);
+        const Argument x_view = call.state(x, "x", {-1});
         const std::int64_t n = x_view.extent(0);
         std::optional<Argument> mask_view;
         if (!mask.is_none()) mask_view.emplace(mask, "mask", DType::boolean, Shape{n});
         std::optional<Sequences> sequences;
         if (!cu_seqlens.is_none()) sequences.emplace(cu_seqlens, n);
         const std::int64_t segments = sequences ? sequences->count : 1;
-        const Argument out_view = call.real(out, "out", {segments});
+        const Argument out_view = call.state(out, "out", {segments});
         call.run(&KernelTable::total, {n, x_view.view.data, static_cast<const bool*>(data_of(mask_view)), segments,
                                        sequences ? sequences->data() : nullptr, out_view.view.data});
       },
@@ -537,8 +580,8 @@ void bind_sums(py::module_& m) {
   m.def(
       "sum_of_squares",
       [](py::handle x, int threads, const LevelName& level) {
-        const Call call(x, "x", threads, level);
-        const Argument x_view = call.real(x, "x", {-1});
+        const Call call(x, "x", threads, level, true);
+        const Argument x_view = call.state(x, "x", {-1});
         double sum = 0;
         call.run(&KernelTable::sum_of_squares, {x_view.extent(0), x_view.view.data, &sum});
         return sum;
@@ -547,13 +590,13 @@ void bind_sums(py::module_& m) {
   m.def(
       "adamw",
       [](py::handle p, py::handle g, py::handle exp_avg, py::handle exp_avg_sq, std::int64_t step, double lr,
-         std::pair<double, double> betas, double eps, double weight_decay, double grad_scale, int threads,
-         const LevelName& level) {
-        const Call call(p, "p", threads, level);
-        const Argument p_view = call.real(p, "p", {-1});
+         std::pair<double, double> betas, double eps, double weight_decay, double grad_scale, const py::object& copy,
+         int threads, const LevelName& level) {
+        const Call call(p, "p", threads, level, true);
+        const Argument p_view = call.state(p, "p", {-1});
         const Shape& shape = p_view.view.shape;
-        const Argument g_view = call.real(g, "g", shape), m_view = call.real(exp_avg, "exp_avg", shape);
-        const Argument v_view = call.real(exp_avg_sq, "exp_avg_sq", shape);
+        const Argument g_view = call.state(g, "g", shape), m_view = call.state(exp_avg, "exp_avg", shape);
+        const Argument v_view = call.state(exp_avg_sq, "exp_avg_sq", shape);
         if (step < 1) throw ArgumentError("step counts from 1, but it is " + std::to_string(step));
         const auto [beta1, beta2] = betas;
         if (!(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1))
@@ -564,10 +607,17 @@ void bind_sums(py::module_& m) {
         a.lr = lr, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.weight_decay = weight_decay, a.grad_scale = grad_scale;
         a.correction1 = 1 - std::pow(beta1, static_cast<double>(step));
         a.correction2 = 1 - std::pow(beta2, static_cast<double>(step));
+        std::optional<Argument> copy_view;
+        if (!copy.is_none()) {
+          if (!call.rounds()) throw ArgumentError("argument 'copy' is for a device that computes in bfloat16");
+          copy_view.emplace(call.real(copy, "copy", shape));
+        }
+        a.copy = data_of(copy_view);
         call.run(&KernelTable::adamw, a);
       },
       "p"_a, "g"_a, "exp_avg"_a, "exp_avg_sq"_a, py::kw_only(), "step"_a, "lr"_a, "betas"_a, "eps"_a, "weight_decay"_a,
-      "grad_scale"_a = 1.0, "threads"_a, "level"_a = py::none(), "One AdamW step over p [n], in place; kernels/adamw.h.");
+      "grad_scale"_a = 1.0, "copy"_a = py::none(), "threads"_a, "level"_a = py::none(),
+      "One AdamW step over p [n], in place; copy: of p as a device's kernels read it; kernels/adamw.h.");
 }
 
 }  // namespace

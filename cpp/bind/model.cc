@@ -10,11 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "bind/device.h"
 #include "bind/dlpack.h"
 #include "bind/generator.h"
 #include "bind/signals.h"
 #include "engine/transformer.h"
-#include "kernels/select.h"
 
 using namespace py::literals;
 
@@ -89,9 +89,9 @@ Transformer::Finished teller(const py::object& finished) {
 class BoundTransformer {
  public:
   BoundTransformer(const py::dict& config, const std::string& level)
-      : table_(level.empty() ? active_table() : find_table(level)), model_(read_config(config), table_) {}
+      : table_(table_named(level)), model_(read_config(config), table_) {}
   BoundTransformer(const py::dict& config, const py::dict& adapter, const std::string& level)
-      : table_(level.empty() ? active_table() : find_table(level)),
+      : table_(table_named(level)),
         model_(read_config(config), table_, choice<Head>(adapter, "base_head", {{"lm", Head::lm}, {"scalar", Head::scalar}}),
                {adapter["rank"].cast<std::int64_t>(), adapter["scale"].cast<double>(),
                 adapter["target_modules"].cast<std::vector<std::string>>()}) {}
@@ -128,6 +128,7 @@ class BoundTransformer {
     }
     const TensorArgument l = per_token(logprobs, "logprobs", batch), h = per_token(entropy, "entropy", batch);
     const Options options = make_options(temperature, keep, recompute, logits_budget, threads);
+    const DeviceCall call;
     py::gil_scoped_release unlocked;
     return model_.score(batch.batch, w.weights, options, l.data<void>(), h.data<void>());
   }
@@ -140,6 +141,7 @@ class BoundTransformer {
     const Tokens batch(tokens, cu_seqlens);
     const TensorArgument v = per_token(values, "values", batch);
     const Options options = make_options(1.0, keep, recompute, 0, threads);
+    const DeviceCall call;
     py::gil_scoped_release unlocked;
     return model_.values(batch.batch, w.weights, options, v.data<void>());
   }
@@ -149,6 +151,7 @@ class BoundTransformer {
     const WeightArguments w(*this, weights);
     const TensorArgument g = flat(grads, "grads");
     const TensorArgument l = gradient(d_logprobs, "d_logprobs", graph), h = gradient(d_entropy, "d_entropy", graph);
+    const DeviceCall call;
     const Transformer::Finished told = teller(finished);
     py::gil_scoped_release unlocked;
     model_.backward_score(graph, w.weights, g.data<void>(), l.data<void>(), h.data<void>(), threads, poll_signals, told);
@@ -158,6 +161,7 @@ class BoundTransformer {
     const WeightArguments w(*this, weights);
     const TensorArgument g = flat(grads, "grads");
     const TensorArgument v = gradient(d_values, "d_values", graph);
+    const DeviceCall call;
     const Transformer::Finished told = teller(finished);
     py::gil_scoped_release unlocked;
     model_.backward_values(graph, w.weights, g.data<void>(), v.data<void>(), threads, poll_signals, told);
@@ -166,6 +170,7 @@ class BoundTransformer {
   void forget_gradients() { model_.forget_gradients(); }
   void finish_gradients(py::handle grads, int threads) {
     const TensorArgument g = flat(grads, "grads");
+    const DeviceCall call;
     py::gil_scoped_release unlocked;
     model_.finish_gradients(g.data<void>(), threads);
   }
@@ -173,6 +178,7 @@ class BoundTransformer {
   std::shared_ptr<const PackedWeights> pack(py::handle params, bool half, int threads) const {
     const TensorArgument p(params, "params");
     require_weights(p.view, size());
+    const DeviceCall call;
     py::gil_scoped_release unlocked;
     return model_.pack(p.data<void>(), half, threads, poll_signals);
   }
@@ -194,20 +200,29 @@ class BoundTransformer {
   double sum_of_squares(py::handle x, int threads) const {
     const TensorArgument v = flat(x, "grads");
     double result = 0;
+    const DeviceCall call;
     py::gil_scoped_release unlocked;
     table_.sum_of_squares({size(), v.data<void>(), &result}, threads);
     return result;
   }
 
-  // One AdamW step over all that learns; only those that decay get the weight decay.
+  // One AdamW step over all that learns; only those that decay get the weight decay. copy: the parameters as the kernels read
+  // them, kept up to date on the way; None: nobody has such a copy.
   void adamw(py::handle params, py::handle grads, py::handle m, py::handle v, double lr, double beta1, double beta2, double eps,
-             double weight_decay, std::int64_t step, double grad_scale, int threads) const {
+             double weight_decay, std::int64_t step, double grad_scale, const py::object& copy, int threads) const {
+    std::optional<TensorArgument> rounded;
+    if (!copy.is_none()) {
+      if (table_.activation_size != 2) throw ArgumentError("argument 'copy' is for a device that computes in bfloat16");
+      rounded.emplace(copy, "copy");
+      require_weights(rounded->view, size());
+    }
     const TensorArgument p = flat(params, "params"), g = flat(grads, "grads"), mean = flat(m, "exp_avg"),
                          square = flat(v, "exp_avg_sq");
     AdamW a;
     a.lr = lr, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps, a.grad_scale = grad_scale;
     a.correction1 = 1 - std::pow(beta1, static_cast<double>(step));
     a.correction2 = 1 - std::pow(beta2, static_cast<double>(step));
+    const DeviceCall call;
     py::gil_scoped_release unlocked;
     const auto& all = model_.trainable();
     for (std::size_t first = 0, last = 0; first < all.size(); first = last) {  // neighbours of one kind go together
@@ -217,6 +232,7 @@ class BoundTransformer {
       a.weight_decay = all[first].decay ? weight_decay : 0.0;
       a.p = p.data<char>() + offset, a.g = g.data<char>() + offset;
       a.m = mean.data<char>() + offset, a.v = square.data<char>() + offset;
+      if (rounded) a.copy = rounded->data<char>() + all[first].offset * table_.activation_size;
       table_.adamw(a, threads);
     }
   }
@@ -254,21 +270,21 @@ class BoundTransformer {
   }
   DType state_type() const { return table_.state_size == 8 ? DType::float64 : DType::float32; }
   void require_weights(const TensorView& view, std::int64_t n) const {
-    view.require_cpu().require_dtype(weight_type()).require_shape({n}).require_contiguous();
+    view.require_place(kPlace).require_dtype(weight_type()).require_shape({n}).require_contiguous();
   }
   TensorArgument flat(py::handle x, const char* name) const {
     TensorArgument t(x, name);
-    t.view.require_cpu().require_dtype(state_type()).require_shape({size()}).require_contiguous();
+    t.view.require_place(kPlace).require_dtype(state_type()).require_shape({size()}).require_contiguous();
     return t;
   }
   TensorArgument per_token(py::handle x, const char* name, const Tokens& batch) const {
     TensorArgument t(x, name);
-    t.view.require_cpu().require_dtype(state_type()).require_shape({batch.batch.tokens}).require_contiguous();
+    t.view.require_place(kPlace).require_dtype(state_type()).require_shape({batch.batch.tokens}).require_contiguous();
     return t;
   }
   TensorArgument gradient(py::handle x, const char* name, const Graph& graph) const {
     TensorArgument t(x, name);
-    t.view.require_cpu().require_dtype(state_type()).require_shape({graph.tokens()}).require_contiguous();
+    t.view.require_place(kPlace).require_dtype(state_type()).require_shape({graph.tokens()}).require_contiguous();
     return t;
   }
   static Options make_options(double temperature, bool keep, bool recompute, std::int64_t logits_budget, int threads) {
@@ -286,10 +302,11 @@ class BoundTransformer {
 
 void bind_model(py::module_& m) {
   bind_generator(m);
-  py::class_<Graph>(m, "Graph", "What one forward keeps for its backward.")
+  py::class_<Graph>(m, "Graph", py::module_local(), "What one forward keeps for its backward.")
       .def_property_readonly("bytes", &Graph::bytes)
       .def_property_readonly("used", &Graph::used);
-  py::class_<BoundTransformer>(m, "Transformer", "The engine: configuration and layout, but no parameters of its own.")
+  py::class_<BoundTransformer>(m, "Transformer", py::module_local(),
+                               "The engine: configuration and layout, but no parameters of its own.")
       .def(py::init([](const py::dict& config, const std::string& level, const std::optional<py::dict>& adapter) {
              return adapter ? std::make_unique<BoundTransformer>(config, *adapter, level)
                             : std::make_unique<BoundTransformer>(config, level);
@@ -318,7 +335,7 @@ void bind_model(py::module_& m) {
            "logits_budget"_a)
       .def("sum_of_squares", &BoundTransformer::sum_of_squares, "grads"_a, "threads"_a)
       .def("adamw", &BoundTransformer::adamw, "params"_a, "grads"_a, "exp_avg"_a, "exp_avg_sq"_a, "lr"_a, "beta1"_a, "beta2"_a,
-           "eps"_a, "weight_decay"_a, "step"_a, "grad_scale"_a, "threads"_a);
+           "eps"_a, "weight_decay"_a, "step"_a, "grad_scale"_a, "copy"_a, "threads"_a);
 }
 
 }  // namespace tutelage

@@ -8,8 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "bind/device.h"
+#include "bind/module.h"
 #include "core/error.h"
-#include "core/memory.h"
 #include "core/philox.h"
 #include "kernels/select.h"
 
@@ -18,9 +19,15 @@ using namespace py::literals;
 
 namespace tutelage {
 
-void bind_kernels(py::module_& m);
-void bind_model(py::module_& m);
-void bind_ceilings(py::module_& m);
+const KernelTable& table_named(const std::string& name) { return name.empty() ? active_table() : find_table(name); }
+const KernelTable& table_for(const TensorView& first, const std::optional<std::string>& level) {
+  if (first.dtype != DType::float32 && first.dtype != DType::float64)
+    throw ArgumentError("argument '" + first.name + "' must be float32 or float64, but it is " + first.describe());
+  return level ? find_table(*level) : first.dtype == DType::float32 ? active_table() : *float64_table();
+}
+const Place kPlace = Place::cpu;
+DeviceCall::DeviceCall() = default;
+DeviceCall::~DeviceCall() = default;
 
 namespace {
 
@@ -39,21 +46,6 @@ void bind_levels(py::module_& m) {
   m.def(
       "self_check", [](const std::string& name) { return self_check(find_table(name)); }, "name"_a,
       "The name of the first kernel of this level whose bits differ from the scalar level's; empty when all agree.");
-}
-
-void bind_memory(py::module_& m) {
-  m.def(
-      "memory_use",
-      [] {
-        const MemoryUse use = memory_use();
-        return py::dict("in_use"_a = use.in_use, "cached"_a = use.cached, "peak"_a = use.peak,
-                        "allocations"_a = use.allocations);
-      },
-      "The core's own memory, in bytes: in_use, cached (freed and kept), peak (of in_use); and the number of allocations.");
-  m.def("reset_memory_peak", &reset_memory_peak, "Sets the peak to what is in use now.");
-  m.def("free_cached_memory", &free_cached_memory, "Returns freed blocks that were kept for reuse to the system.");
-  m.def("fail_allocation", &fail_allocation, "n"_a,
-        "For tests: makes the n-th allocation from now (1: the next) raise MemoryError; 0 switches it off.");
 }
 
 }  // namespace

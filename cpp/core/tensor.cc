@@ -41,6 +41,18 @@ std::int64_t dtype_size(DType dtype) {
 }
 
 namespace {
+const char* place_name(Place place) {
+  switch (place) {
+    case Place::cpu:
+      return "on the CPU";
+    case Place::cuda:
+      return "on a CUDA device";
+    case Place::other:
+      break;
+  }
+  return "on another device";
+}
+
 std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i)
@@ -66,11 +78,12 @@ bool TensorView::contiguous() const {
 }
 
 std::string TensorView::describe() const {
-  return std::string(dtype_name(dtype)) + " " + shape_text(shape) + (on_cpu ? " on the CPU" : " on another device");
+  return std::string(dtype_name(dtype)) + " " + shape_text(shape) + " " + place_name(place);
 }
 
-const TensorView& TensorView::require_cpu() const {
-  if (!on_cpu) throw ArgumentError("argument '" + name + "' must be on the CPU, but it is " + describe());
+const TensorView& TensorView::require_place(Place expected) const {
+  if (place != expected)
+    throw ArgumentError("argument '" + name + "' must be " + place_name(expected) + ", but it is " + describe());
   return *this;
 }
 

@@ -12,6 +12,8 @@ namespace tutelage {
 
 enum class DType : std::uint8_t { float32, float64, bfloat16, int32, boolean, other };
 
+enum class Place : std::uint8_t { cpu, cuda, other };
+
 const char* dtype_name(DType dtype);
 std::int64_t dtype_size(DType dtype);
 
@@ -19,7 +21,7 @@ struct TensorView {
   std::string name;  // the argument's name, for errors
   void* data = nullptr;
   DType dtype = DType::other;
-  bool on_cpu = true;
+  Place place = Place::cpu;
   bool read_only = false;
   std::vector<std::int64_t> shape;
   std::vector<std::int64_t> strides;  // in elements
@@ -30,7 +32,8 @@ struct TensorView {
   std::string describe() const;  // "float32 [3, 4] on the CPU"
 
   // Each returns *this so that checks chain; -1 in `expected` accepts any extent.
-  const TensorView& require_cpu() const;
+  const TensorView& require_cpu() const { return require_place(Place::cpu); }
+  const TensorView& require_place(Place expected) const;
   const TensorView& require_dtype(DType expected) const;
   const TensorView& require_contiguous() const;
   const TensorView& require_shape(const std::vector<std::int64_t>& expected) const;

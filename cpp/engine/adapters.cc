@@ -165,22 +165,22 @@ void Adapters::begin_input(const KernelTable& table, const Group& group, const v
   table.matmul(p, threads);
 }
 
-void Adapters::gradients(const KernelTable& table, const Group& group, void* grads, std::int64_t rows, const void* x,
+void Adapters::gradients(const KernelTable& table, const Group& group, void* grads, const Matmul& over_tokens, const void* x,
                          const void* t, const void* dy, const void* d_t, const std::function<bool(std::int64_t)>& fresh,
                          int threads) const {
   bool overwrite = false;  // the A's of a group get their gradients together, so they are all fresh or none is
   for (std::size_t i = 0; i < group.modules.size(); ++i)
     overwrite = fresh(group.a + static_cast<std::int64_t>(i) * rank_ * group.in);
-  Matmul da;
-  da.m = group.width, da.n = group.in, da.k = rows, da.accumulate = !overwrite;
+  Matmul da = over_tokens;
+  da.m = group.width, da.n = group.in, da.accumulate = !overwrite;
   da.a = d_t, da.a_row = 1, da.a_col = group.width;
   da.b = x, da.b_row = group.in, da.b_col = 1;
   da.c = gradient_at(grads, group.a, table), da.c_row = group.in, da.c_state = true;
   table.matmul(da, threads);
   for (std::size_t i = 0; i < group.modules.size(); ++i) {
     const Group::Module& module = group.modules[i];
-    Matmul db;
-    db.m = module.out, db.n = rank_, db.k = rows, db.accumulate = !fresh(module.b);
+    Matmul db = over_tokens;
+    db.m = module.out, db.n = rank_, db.accumulate = !fresh(module.b);
     db.a = at(dy, module.column, table), db.a_row = 1, db.a_col = group.out;
     db.b = at(t, static_cast<std::int64_t>(i) * rank_, table), db.b_row = group.width, db.b_col = 1;
     db.c = gradient_at(grads, module.b, table), db.c_row = rank_, db.c_state = true;

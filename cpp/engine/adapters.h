@@ -68,9 +68,11 @@ class Adapters {
   // dx [rows, in] = d_t A, for the product with W to continue.
   void begin_input(const KernelTable& table, const Group& group, const void* params, std::int64_t rows, const void* d_t,
                    void* dx, int threads) const;
-  // dA += d_t^T x, dB += dy^T t. fresh(offset): whether the gradient of the parameter there counts as zero, and is overwritten.
-  void gradients(const KernelTable& table, const Group& group, void* grads, std::int64_t rows, const void* x, const void* t,
-                 const void* dy, const void* d_t, const std::function<bool(std::int64_t)>& fresh, int threads) const;
+  // dA += d_t^T x, dB += dy^T t, products like `over_tokens`. fresh(offset): whether the gradient of the parameter there counts
+  // as zero, and is overwritten.
+  void gradients(const KernelTable& table, const Group& group, void* grads, const Matmul& over_tokens, const void* x,
+                 const void* t, const void* dy, const void* d_t, const std::function<bool(std::int64_t)>& fresh,
+                 int threads) const;
 
  private:
   void add_group(const Layout& base, std::int64_t weight, std::int64_t in, std::int64_t out,

@@ -58,7 +58,9 @@ AttentionShape Transformer::attention_shape(const Graph& g, std::size_t index) c
           config_.head_dim,
           true,
           config_.window(index),
-          1 / std::sqrt(static_cast<double>(config_.head_dim))};
+          1 / std::sqrt(static_cast<double>(config_.head_dim)),
+          g.tokens_,
+          g.longest_};
 }
 
 // Every array of a graph, in the order of use. With a plan that has no memory: how many bytes that is.
@@ -226,6 +228,11 @@ void Transformer::place_cache_rows(Graph& g) const {
   g.sources_.host = rows.sources, g.cache_cu_rows_.host = rows.cu_rows, g.cache_first_.host = rows.first_position;
   for (Placed<std::int32_t>* indices : {&g.sources_, &g.cache_cu_rows_, &g.cache_first_}) indices->place(table_);
   g.cache_lists_.host = rows.blocks;
+  for (std::size_t i = 0; i < rows.blocks.size(); ++i) {
+    const std::int64_t due = rows.cu_rows[i + 1] - rows.cu_rows[i];
+    g.most_cache_rows_ = std::max(g.most_cache_rows_, due);
+    g.most_cache_positions_ = std::max(g.most_cache_positions_, rows.first_position[i] + due);
+  }
   if (table_.upload == nullptr) return;
   std::vector<std::size_t> begins;
   for (std::size_t i = 0; i < rows.blocks.size(); ++i) {
@@ -255,6 +262,7 @@ void Transformer::attend(const Graph& g, std::size_t index, const void* queries,
   c.offset = static_cast<std::int64_t>(index) * cached_attention_elements(c.kv_heads, c.head_dim);
   c.q = queries, c.k = keys, c.v = values, c.q_row = c.k_row = qk_row, c.v_row = config_.qkv_width();
   c.o = a.o, c.o_row = q;
+  c.most_rows = g.most_cache_rows_, c.most_positions = g.most_cache_positions_;
   table_.cached_attention(c, threads);
 }
 
@@ -273,6 +281,19 @@ std::shared_ptr<const RotaryCache> Transformer::rotary(std::int64_t longest, int
   return rotary_;
 }
 
+namespace {
+// matmul.h's k_steps of the tokens [first, last) of a sequence.
+void cut_into_steps(std::int32_t first, std::int32_t last, std::vector<std::int32_t>& steps) {
+  constexpr std::int32_t kStep = 16;
+  for (; first < last; first += kStep) {
+    steps.push_back(first);
+    steps.push_back(std::min(kStep, last - first));
+  }
+}
+std::int64_t step_count(const Placed<std::int32_t>& steps) { return static_cast<std::int64_t>(steps.host.size()) / 2; }
+const std::int32_t* steps_of(const Placed<std::int32_t>& steps) { return steps.host.empty() ? nullptr : steps.data(); }
+}  // namespace
+
 std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& weights, const Options& options) {
   check(batch);
   auto graph = std::make_unique<Graph>();
@@ -286,6 +307,7 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& w
   for (std::int64_t s = 0; s < batch.sequences; ++s) {
     const std::int32_t first = batch.cu_seqlens[s], last = batch.cu_seqlens[s + 1];
     longest = std::max<std::int64_t>(longest, last - first);
+    const std::size_t rows_before = g.sources_.host.size();
     for (std::int32_t i = first; i < last; ++i) {
       g.positions_.host.push_back(i - first);
       if (i == first || (batch.mask != nullptr && !batch.mask[i])) continue;  // nothing before it predicts it, or not wanted
@@ -293,9 +315,14 @@ std::unique_ptr<Graph> Transformer::forward(const Batch& batch, const Weights& w
       g.outputs_.host.push_back(i);
       g.targets_.host.push_back(batch.ids[i]);
     }
+    if (table_.upload == nullptr) continue;
+    cut_into_steps(first, last, g.steps_.host);
+    cut_into_steps(static_cast<std::int32_t>(rows_before), static_cast<std::int32_t>(g.sources_.host.size()),
+                   g.row_steps_.host);
   }
-  g.rows_ = static_cast<std::int64_t>(g.sources_.host.size());
-  for (Placed<std::int32_t>* indices : {&g.cu_seqlens_, &g.sources_, &g.outputs_, &g.targets_}) indices->place(table_);
+  g.longest_ = longest, g.rows_ = static_cast<std::int64_t>(g.sources_.host.size());
+  for (Placed<std::int32_t>* indices : {&g.cu_seqlens_, &g.sources_, &g.outputs_, &g.targets_, &g.steps_, &g.row_steps_})
+    indices->place(table_);
   if (!config_.learned_positions) g.rotary_ = rotary(longest, options.threads);
   run_blocks(g, weights.params, options);
   return graph;
@@ -527,7 +554,9 @@ void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weig
     void* t = t_beside(g, x);
     adapters_->project(table_, *adapter, g.adapter_, g.packed_adapter_, g.tokens_, x, t, threads);
     auto fresh_at = [&](std::int64_t offset) { return settle(grads, offset, true); };
-    adapters_->gradients(table_, *adapter, grads, g.tokens_, x, t, dy, d_t, fresh_at, threads);
+    Matmul over_tokens;
+    over_tokens.k = g.tokens_, over_tokens.k_steps = steps_of(g.steps_), over_tokens.k_step_count = step_count(g.steps_);
+    adapters_->gradients(table_, *adapter, grads, over_tokens, x, t, dy, d_t, fresh_at, threads);
     return;
   }
   bool fresh = false;
@@ -536,7 +565,8 @@ void Transformer::weight_gradient(const Graph& g, void* grads, std::int64_t weig
     if (parameters[i].offset >= weight && parameters[i].offset < weight + in * out)
       fresh = settle(grads, parameters[i].offset, true);
   Matmul dw;
-  dw.k = g.tokens_, dw.accumulate = !fresh, dw.c = at(grads, weight, e), dw.c_state = true;
+  dw.k = g.tokens_, dw.k_steps = steps_of(g.steps_), dw.k_step_count = step_count(g.steps_);
+  dw.accumulate = !fresh, dw.c = at(grads, weight, e), dw.c_state = true;
   dw.m = layout_.transposed ? in : out, dw.n = layout_.transposed ? out : in;
   dw.a = layout_.transposed ? x : dy, dw.a_row = 1, dw.a_col = dw.m;
   dw.b = layout_.transposed ? dy : x, dw.b_row = dw.n, dw.b_col = 1;
@@ -712,6 +742,8 @@ void Transformer::backward_score(Graph& g, const Weights& weights, void* grads, 
   head.block_rows = std::max<std::int64_t>(1, std::min(g.options_.logits_budget, most) / table_.state_size / c.vocab_size);
   head.entropy = g.entropy_, head.lse = g.lse_, head.d_logprob = d_logprobs, head.d_entropy = d_entropy;
   head.dx = s.d_norm, head.dweight = adapters_ ? nullptr : at(grads, layout_.head, table_.state_size), head.accumulate = !fresh;
+  head.row_steps = steps_of(g.row_steps_), head.row_steps_host = g.row_steps_.host.data();
+  head.row_step_count = step_count(g.row_steps_);
   table_.linear_logprob_backward(head, threads);
   table_.zero(s.dx, static_cast<std::size_t>(n * d * e));  // a sequence's last token predicts nothing, others nothing wanted
   norm_backward(params, grads, layout_.norm, layout_.norm_bias, g.x_out_, g.sources_.data(), g.rows_, g.mean_, g.rstd_,

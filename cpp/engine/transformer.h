@@ -100,11 +100,14 @@ class Graph {
 
  private:
   friend class Transformer;
-  std::int64_t tokens_ = 0, sequences_ = 0, rows_ = 0;
+  std::int64_t tokens_ = 0, sequences_ = 0, longest_ = 0, rows_ = 0;  // longest_: tokens of the longest sequence
   Placed<std::int32_t> ids_, cu_seqlens_, positions_, sources_, outputs_, targets_;
+  Placed<std::int32_t> steps_,
+      row_steps_;  // matmul.h's k_steps of the tokens and of the rows; where the table computes on a device
   Placed<std::int32_t> cache_cu_rows_, cache_first_;  // generation only, as what follows
   Placed<void*> cache_blocks_;
   Placed<void* const*> cache_lists_;
+  std::int64_t most_cache_rows_ = 0, most_cache_positions_ = 0;
   Options options_;
   Buffer memory_;
   std::shared_ptr<const RotaryCache> rotary_;

@@ -20,6 +20,7 @@ struct AdamW {
   void *m = nullptr, *v = nullptr;
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
   double correction1 = 1, correction2 = 1, grad_scale = 1;
+  void* copy = nullptr;  // of p after the step, in bfloat16, where kernels read that (activation_size 2); null: none
 };
 
 }  // namespace tutelage

@@ -2,11 +2,11 @@
 // one row a sequence, prefill a chunk of them.
 //
 // Shapes   q, o [N, heads, d], k, v [N, kv_heads, d], each with its own token pitch: the new tokens of `segments` sequences,
-// one
-//          after the other, segment s in rows cu_rows[s] .. cu_rows[s + 1] at positions first_position[s] ... of its sequence.
-//          blocks[s][p / kCacheBlock] holds position p. In a block, from element `offset` on and for each kv head in turn: the
-//          keys as panels [kCacheBlock / 16][d][16], the values as panels [d / 16][kCacheBlock][16]: what the tiles of
-//          flash_attention read. cached_attention_elements() in all.
+//          one after the other, segment s in rows cu_rows[s] .. cu_rows[s + 1] at positions first_position[s] ... of it.
+//          blocks[s][p / kCacheBlock] holds position p. In a block, from element `offset` on and for each kv head in turn:
+//          the keys as panels [kCacheBlock / 16][d][16], the values as panels [d / 16][kCacheBlock][16]: what the tiles of
+//          flash_attention read. cached_attention_elements() in all. A CUDA device has the keys as rows [kCacheBlock][d]
+//          there, then the values likewise: nobody else reads a block than who filled it.
 // Formula  o as flash_attention's, of the whole sequence so far.
 // Order    flash_attention's: the same tiles of the same keys by the same code, so the same bits as scoring the sequence in
 //          one piece, however it was cut into chunks. Slots not yet written are never read by an arithmetic that counts.
@@ -31,6 +31,9 @@ struct CachedAttention {
   std::int64_t q_row = 0, k_row = 0, v_row = 0;
   void* o = nullptr;
   std::int64_t o_row = 0;
+  // What a device cannot read from the lists before it launches (the CPU's kernels do not look): the most rows of a segment,
+  // and the most positions of a sequence, its new rows included.
+  std::int64_t most_rows = 0, most_positions = 0;
 };
 
 // Elements of one layer in a block.

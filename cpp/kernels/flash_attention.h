@@ -30,6 +30,9 @@ struct AttentionShape {
   bool causal = true;
   std::int64_t window = 0;  // 0: all earlier keys
   double scale = 1.0;
+  // What a device cannot read from cu_seqlens before it launches (the CPU's kernels do not look): all tokens, and those of the
+  // longest sequence.
+  std::int64_t tokens = 0, longest = 0;
 };
 
 struct Attention {

@@ -41,6 +41,9 @@ struct LinearLogprobBackward {
   const void *entropy = nullptr, *lse = nullptr, *d_logprob = nullptr, *d_entropy = nullptr;
   void *dx = nullptr, *dweight = nullptr;  // either may be null
   bool accumulate = true;                  // dweight continues from what it holds, else from 0
+  // matmul.h's k_steps, of the rows; and where the host can read them.
+  const std::int32_t *row_steps = nullptr, *row_steps_host = nullptr;
+  std::int64_t row_step_count = 0;
 };
 
 }  // namespace tutelage

@@ -46,6 +46,11 @@ struct Matmul {
   std::int64_t pre_row = 0;
   const void* packed = nullptr;  // B as pack_weight leaves it (b is not looked at); not for the backward activations
   bool packed_half = false;      // of bfloat16
+  // Where k are tokens, for kernels that add the products of several k at once: {first k, how many} of each such step of at
+  // most 16, none over the border of two sequences, so that gradients do not depend on how a batch was cut. Others take one k
+  // at a time.
+  const std::int32_t* k_steps = nullptr;
+  std::int64_t k_step_count = 0;
 };
 
 }  // namespace tutelage

@@ -24,7 +24,7 @@ struct Total {
 struct SumOfSquares {
   std::int64_t n = 0;
   const void* x = nullptr;
-  double* out = nullptr;
+  double* out = nullptr;  // the host's
 };
 
 }  // namespace tutelage

@@ -239,23 +239,20 @@ static __global__ void __launch_bounds__(kSampleThreads, 1) sample_kernel(const 
   }
 }
 
-// The statistics of z [rows, vocab], half a warp a tile: for logits that did not come through linear_logprob.
-static __global__ void __launch_bounds__(256)
-    tile_statistics_kernel(const float* z, int64_t rows, int64_t vocab, TileStatistics* out) {
-  const int64_t tiles = (vocab + kVocabTile - 1) / kVocabTile;
-  const int64_t own = (int64_t(blockIdx.x) * 256 + threadIdx.x) / kTileLanes, row = own / tiles, t = own - row * tiles;
-  const bool there = row < rows;
-  const float* from = z + (there ? row * vocab + t * kVocabTile : 0);
-  const int n = !there ? 0 : static_cast<int>(vocab - t * kVocabTile < kVocabTile ? vocab - t * kVocabTile : kVocabTile);
-  const TileStatistics s = tile_statistics(n, [&](int j) { return ld_global(from + j); });
-  if (there && threadIdx.x % kTileLanes == 0) {
-    st_global(&out[own].top, s.top), st_global(&out[own].sum, s.sum), st_global(&out[own].weighted, s.weighted);
-  }
+// z [rows, vocab] divided by each row's temperature, as linear_logprob divides: by a factor rounded once. Rows at 1 and greedy
+// ones (which are drawn at 1) stay.
+static __global__ void __launch_bounds__(256) scale_logits_kernel(float* z, int64_t vocab, const SampleSettings* settings) {
+  const double temperature = ld_global(&settings[blockIdx.y].temperature);
+  if (!(temperature > 0) || temperature == 1) return;  // the whole block
+  const float inverse = static_cast<float>(1 / temperature);
+  const int64_t j = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  float* at = z + int64_t(blockIdx.y) * vocab + j;
+  if (j < vocab) st_global(at, ld_global(at) * inverse);
 }
 
-inline void tile_statistics_of(const float* z, int64_t rows, int64_t vocab, TileStatistics* out, cudaStream_t stream) {
-  const int64_t threads = rows * vocab_tiles(vocab) * kTileLanes;
-  launch(tile_statistics_kernel, dim3(static_cast<unsigned>((threads + 255) / 256)), dim3(256), 0, stream, z, rows, vocab, out);
+inline void scale_logits(float* z, int64_t rows, int64_t vocab, const SampleSettings* settings, cudaStream_t stream) {
+  launch(scale_logits_kernel, dim3(static_cast<unsigned>((vocab + 255) / 256), static_cast<unsigned>(rows)), dim3(256), 0,
+         stream, z, vocab, settings);
 }
 
 // Throws std::invalid_argument for a vocabulary whose tiles do not fit shared memory (3.2 million tokens).

@@ -84,4 +84,23 @@ __device__ __forceinline__ void merge_tiles(const TileStatistics* tiles, int64_t
   *entropy = *log_sum - weighted / sum;
 }
 
+// The statistics of z [rows, vocab], half a warp a tile.
+static __global__ void __launch_bounds__(256)
+    tile_statistics_kernel(const float* z, int64_t rows, int64_t vocab, TileStatistics* out) {
+  const int64_t tiles = (vocab + kVocabTile - 1) / kVocabTile;
+  const int64_t own = (int64_t(blockIdx.x) * 256 + threadIdx.x) / kTileLanes, row = own / tiles, t = own - row * tiles;
+  const bool there = row < rows;
+  const float* from = z + (there ? row * vocab + t * kVocabTile : 0);
+  const int n = !there ? 0 : static_cast<int>(vocab - t * kVocabTile < kVocabTile ? vocab - t * kVocabTile : kVocabTile);
+  const TileStatistics s = tile_statistics(n, [&](int j) { return ld_global(from + j); });
+  if (there && threadIdx.x % kTileLanes == 0) {
+    st_global(&out[own].top, s.top), st_global(&out[own].sum, s.sum), st_global(&out[own].weighted, s.weighted);
+  }
+}
+
+inline void tile_statistics_of(const float* z, int64_t rows, int64_t vocab, TileStatistics* out, cudaStream_t stream) {
+  const int64_t threads = rows * vocab_tiles(vocab) * kTileLanes;
+  launch(tile_statistics_kernel, dim3(static_cast<unsigned>((threads + 255) / 256)), dim3(256), 0, stream, z, rows, vocab, out);
+}
+
 }  // namespace tutelage::cuda

@@ -5,8 +5,9 @@
 //            a[0]: (g, 2q)   a[1]: (g + 8, 2q)   a[2]: (g, 2q + 8)   a[3]: (g + 8, 2q + 8)
 //            b[0]: k = 2q, n = g                 b[1]: k = 2q + 8, n = g
 //            d[0], d[1]: (g, 2q), (g, 2q + 1)    d[2], d[3]: (g + 8, …)
-// Order    here d + a_0 b_0 + a_1 b_1 + …, each rounded to float. A GPU adds the 16 products in an order of its own, without
-//          rounding in between, the same for every element and whatever the other rows and columns hold.
+// Order    here d + (a_0 b_0 + a_1 b_1 + …) in double, rounded to float once. A GPU adds the 16 products and d in an order and
+//          with a precision of its own, the same for every element and whatever the other rows and columns hold: which 16 are
+//          added together shows in the bits, as it does here.
 // Test     tests/simt/test_ptx.cc.
 #pragma once
 
@@ -24,35 +25,34 @@ struct Mma {
 };
 // Carried out for the whole warp by the last lane to arrive, on the registers of all: no access of that lane's own.
 __attribute__((no_sanitize_thread)) inline void mma_m16n8k16(void* const* operands) {
-  using Four = float __attribute__((vector_size(16)));
+  using Four = double __attribute__((vector_size(32)));
   struct Row {  // of eight columns
     Four half[2];
   };
-  float a[16][16];
+  double a[16][16];
   Row b[16], d[16];
+  auto wide = [](std::uint32_t pair, unsigned i) {
+    return static_cast<double>(as_float(i == 0 ? pair << 16 : pair & 0xFFFF0000u));
+  };
   for (unsigned lane = 0; lane < 32; ++lane) {
     const Mma& m = *static_cast<const Mma*>(operands[lane]);
     const unsigned g = lane / 4, q = lane % 4;
     for (unsigned i = 0; i < 4; ++i) {
-      const std::uint32_t halves[2] = {m.a[i] << 16, m.a[i] & 0xFFFF0000u};
-      __builtin_memcpy(&a[g + i % 2 * 8][2 * q + i / 2 * 8], halves, 8);
-      d[g + i / 2 * 8].half[q / 2][2 * q % 4 + i % 2] = m.d[i];
+      for (unsigned e = 0; e < 2; ++e) a[g + i % 2 * 8][2 * q + i / 2 * 8 + e] = wide(m.a[i], e);
+      d[g + i / 2 * 8].half[q / 2][2 * q % 4 + i % 2] = static_cast<double>(m.d[i]);
     }
-    for (unsigned i = 0; i < 2; ++i) {
-      const std::uint32_t halves[2] = {m.b[i] << 16, m.b[i] & 0xFFFF0000u};
-      float pair[2];
-      __builtin_memcpy(pair, halves, 8);
-      b[2 * q + 8 * i].half[g / 4][g % 4] = pair[0], b[2 * q + 8 * i + 1].half[g / 4][g % 4] = pair[1];
-    }
+    for (unsigned i = 0; i < 2; ++i)
+      for (unsigned e = 0; e < 2; ++e) b[2 * q + 8 * i + e].half[g / 4][g % 4] = wide(m.b[i], e);
   }
   for (unsigned row = 0; row < 16; ++row) {
-    Four left = d[row].half[0], right = d[row].half[1];
+    Four left{}, right{};
     for (unsigned k = 0; k < 16; ++k) left += a[row][k] * b[k].half[0], right += a[row][k] * b[k].half[1];
-    d[row].half[0] = left, d[row].half[1] = right;
+    d[row].half[0] += left, d[row].half[1] += right;
   }
   for (unsigned lane = 0; lane < 32; ++lane) {
     const Mma& m = *static_cast<const Mma*>(operands[lane]);
-    for (unsigned i = 0; i < 4; ++i) m.d[i] = d[lane / 4 + i / 2 * 8].half[lane % 4 / 2][2 * (lane % 4) % 4 + i % 2];
+    for (unsigned i = 0; i < 4; ++i)
+      m.d[i] = static_cast<float>(d[lane / 4 + i / 2 * 8].half[lane % 4 / 2][2 * (lane % 4) % 4 + i % 2]);
   }
 }
 }  // namespace emulated

@@ -141,6 +141,7 @@ class Transformer:
         weight_decay: float,
         step: int,
         grad_scale: float,
+        copy: Tensor | None,
         threads: int,
     ) -> None: ...
 
@@ -324,6 +325,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    copy: Tensor | None = None,
     threads: int,
     level: str | None = None,
 ) -> None: ...

@@ -84,8 +84,34 @@ def examine() -> list[Finding]:
         *findings,
         *_levels(_core),
         openmp_finding(loaded_libraries()),
-        Finding("cuda", "off: this build has no CUDA backend; everything runs on the CPU"),
+        *_devices(),
     ]
+
+
+def _devices() -> list[Finding]:
+    from tutelage import devices
+
+    return [device_finding(name, devices.problem(name)) for name in devices.DEVICES if name != "cpu"]
+
+
+def device_finding(name: str, wrong: str) -> Finding:
+    """What to say of a device beside the CPU; `wrong` is why it does not work here, or empty."""
+    subject = f"device, {name}"
+    if wrong:
+        # Without a GPU nothing is missing; but the emulator is a part of every installation.
+        return Finding(subject, f"does not work here: {wrong}", problem=name == "cuda-sim")
+    what = "an emulator of the GPU's kernels, for tests" if name == "cuda-sim" else _gpu()
+    return Finding(subject, f"works: {what}")
+
+
+def _gpu() -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB"
+    )
 
 
 def _levels(core: ModuleType) -> list[Finding]:

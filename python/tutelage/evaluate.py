@@ -92,12 +92,12 @@ def mean_reward(model: Model, rollouts: Rollouts, max_tokens: int, share: Share 
     return math.fsum(rewards) / len(rewards)
 
 
-def load_reward_model(folder: str, tokenizer: Tokenizer, base: Model | None = None) -> Model:
+def load_reward_model(folder: str, tokenizer: Tokenizer, base: Model | None = None, device: str = "cpu") -> Model:
     """The reward model in `folder`. Raises ValueError for a language model and for one of another tokenizer.
 
     base: see `Model.from_pretrained`.
     """
-    model = Model.from_pretrained(folder, base=base)
+    model = Model.from_pretrained(folder, device=device, base=base)
     if model.head != "scalar":
         raise ValueError(f"{folder} holds a language model, and rewards need a reward model: make one with `tutelage reward`")
     if model.tokenizer is None or model.tokenizer.fingerprint != tokenizer.fingerprint:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tutelage import _core, kernels
+from tutelage import _core, devices, kernels
 from tutelage.batch import PackedBatch
 from tutelage.config import Head, ModelConfig
 from tutelage.data.tokenizer import Tokenizer
@@ -47,10 +47,13 @@ class Model:
     Args:
         config: its shape.
         seed: of the initial weights (Philox: the same bits on every machine and ISA level).
-        device: "cpu".
+        device: "cpu"; "cuda", torch's current GPU; or "cuda-sim", the GPU's kernels on an emulator, exact and slow, to test
+            what a GPU will do. On these two ``params`` is float32 as ever, and the kernels read a bfloat16 copy of it and add
+            up in float32.
         head: "lm" (token log-probs) or "scalar" (a value after every token: critics, reward models).
         weights: "float32"; or "bfloat16": every matrix is used rounded to bfloat16 (by score, backward and generate alike, in
             float32 arithmetic), while ``params`` keeps full precision for the optimizer. Generation then reads half as much.
+            On "cuda" and "cuda-sim" it changes nothing: all weights are used as bfloat16.
         dtype: torch.float32, or torch.float64 for gradient checks (the scalar kernels, built for double).
         recompute: keep only each block's input between forward and backward and run the block again: less memory, a third
             more arithmetic, the same bits.
@@ -75,8 +78,7 @@ class Model:
         _base: Model | None = None,  # with _lora: this is an adapter on it
         _lora: LoraConfig | None = None,
     ) -> None:
-        if device != "cpu":
-            raise ValueError(f"device must be 'cpu' (this build has no other backend), but it is {device!r}")
+        self._on = devices.find(device)
         if head not in ("lm", "scalar"):
             raise ValueError(f"head must be 'lm' or 'scalar', but it is {head!r}")
         if weights not in ("float32", "bfloat16"):
@@ -85,6 +87,8 @@ class Model:
             raise ValueError("weights='bfloat16' goes with dtype=torch.float32")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, but it is {dtype}")
+        if device != "cpu" and (dtype == torch.float64 or level is not None):
+            raise ValueError(f"dtype=torch.float64 and level go with device='cpu', but device is {device!r}")
         if dtype == torch.float64 and level is not None:
             raise ValueError("level chooses among float32 kernels; leave it out with dtype=torch.float64")
         if not 0 <= seed < 2**64:
@@ -93,7 +97,8 @@ class Model:
             raise ValueError(f"logits_budget must not be negative, but it is {logits_budget}")
         self.config = config
         self.head: Head = head
-        self.device = torch.device(device)
+        self.device = self._on.place
+        """Where ``params`` and ``grads`` lie."""
         self.dtype = dtype
         self.weights: Literal["float32", "bfloat16"] = weights
         self._eos_token_ids: tuple[int, ...] = ()
@@ -114,14 +119,15 @@ class Model:
         level_name = "float64" if dtype == torch.float64 else level or ""
         fields = config.core_fields(head)
         if _base is None or _lora is None:
-            self._engine = _core.Transformer(fields, level_name)
+            self._engine: _core.Transformer = self._on.core.Transformer(fields, level_name)
         else:
-            self._engine = _core.Transformer(fields, level_name, _lora.core_fields(_base.head))
-        self.params = torch.empty(self._engine.size, dtype=dtype)
+            self._engine = self._on.core.Transformer(fields, level_name, _lora.core_fields(_base.head))
         if _initialise:
-            initial = torch.empty_like(self.params, dtype=torch.float32)
+            initial = torch.empty(self._engine.size)
             self._engine.initialise(initial, seed, torch.get_num_threads())
-            self.params = initial.to(dtype)
+            self.params = initial.to(self.device, dtype)
+        else:
+            self.params = torch.empty(self._engine.size, dtype=dtype, device=self.device)
         self._places = {name: (offset, shape) for name, offset, shape, _ in self._engine.parameters()}
         # Copies made from the parameters, with the version of the parameters that they are of.
         self._rounded: tuple[int, Tensor] | None = None
@@ -136,7 +142,15 @@ class Model:
 
     def __repr__(self) -> str:
         adapter = "" if self.lora is None else f", {self.lora}"
-        return f"Model({self.config}, head={self.head!r}{adapter}, {self.params.numel():,} parameters, {self.dtype})"
+        return (
+            f"Model({self.config}, head={self.head!r}{adapter}, {self.params.numel():,} parameters, {self.dtype}, "
+            f"device={self.device_name!r})"
+        )
+
+    @property
+    def device_name(self) -> str:
+        """The constructor's ``device``."""
+        return self._on.name
 
     # ---- forward
 
@@ -147,7 +161,8 @@ class Model:
         of the work of a small model, then works for no other token.
 
         The bits of a sequence do not depend on what else is in the batch, on the number of threads or on the ISA level.
-        Under ``torch.no_grad()`` nothing is kept for a backward.
+        Under ``torch.no_grad()`` nothing is kept for a backward. What comes back lies where the batch does, whatever the
+        model's device: with a batch on the CPU a GPU's numbers are waited for.
 
         Raises:
             ValueError: naming the sequence that is empty or too long, or the position and id outside the vocabulary;
@@ -267,29 +282,44 @@ class Model:
         if self.base is not None:
             self.base.free_caches(keep_memory)
         if not keep_memory:
-            _core.free_cached_memory()
+            self._on.free_cached_memory()
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         """What the kernels compute with: the parameters, or the base's and the adapter's."""
-        return (self._matrices(), None) if self.base is None else (self.base._matrices(), self.params)
+        return (self._matrices(), None) if self.base is None else (self.base._matrices(), self._matrices())
 
     def _versions(self) -> tuple[int, ...]:
         """Change with the weights."""
         return (self.params._version,) if self.base is None else (self.base.params._version, self.params._version)
 
     def _matrices(self) -> Tensor:
-        """The parameters, or with their matrices rounded to bfloat16."""
-        if self.weights == "float32":
+        """The parameters as the kernels read them: on a device all rounded to bfloat16; on the CPU as they are, or with their
+        matrices rounded (not an adapter's)."""
+        on_device = self._on.rounds
+        if not on_device and (self.weights == "float32" or self.base is not None):
             return self.params
         version = self.params._version
         if self._rounded is None or self._rounded[0] != version:
-            rounded = self.params.clone()
-            for _, offset, shape, matrix in self._engine.parameters():
-                if matrix:
-                    part = rounded[offset : offset + torch.Size(shape).numel()]
-                    part.copy_(part.bfloat16())
+            if on_device:
+                rounded = self.params.bfloat16()
+            else:
+                rounded = self.params.clone()
+                for _, offset, shape, matrix in self._engine.parameters():
+                    if matrix:
+                        part = rounded[offset : offset + torch.Size(shape).numel()]
+                        part.copy_(part.bfloat16())
             self._rounded = (version, rounded)
         return self._rounded[1]
+
+    def _stepped(self, update: Callable[[Tensor | None], None]) -> None:
+        """Runs ``update``, which changes ``params`` behind torch's back, and with them the copy that a device's kernels read,
+        where it is given that."""
+        current = self._on.rounds and self._rounded is not None and self._rounded[0] == self.params._version
+        copy = self._rounded[1] if current and self._rounded is not None else None
+        update(copy)
+        torch.autograd.graph.increment_version(self.params)
+        if copy is not None:
+            self._rounded = (self.params._version, copy)
 
     def _streams(self) -> tuple[_core.PackedWeights, _core.PackedWeights | None]:
         """What generation reads. All adapters stream the one copy of their base's weights."""
@@ -301,8 +331,7 @@ class Model:
         if self._packed is None or self._packed[0] != version:
             self._packed = None  # before the new one is made: never two at a time
             half = self.weights == "bfloat16" and self.base is None  # an adapter stays as it is
-            weights = self._matrices() if self.base is None else self.params
-            self._packed = (version, self._engine.pack(weights, half, torch.get_num_threads()))
+            self._packed = (version, self._engine.pack(self._matrices(), half, torch.get_num_threads()))
         return self._packed[1]
 
     # ---- parameters and gradients
@@ -374,7 +403,7 @@ class Model:
 
     def decay_mask(self) -> Tensor:
         """bool, as ``params``: True where weight decay applies (matrices; not norms and biases)."""
-        mask = torch.zeros(self.params.numel(), dtype=torch.bool)
+        mask = torch.zeros(self.params.numel(), dtype=torch.bool, device=self.device)
         for _, offset, shape, decay in self._engine.parameters():
             mask[offset : offset + torch.Size(shape).numel()] = decay
         return mask
@@ -411,24 +440,29 @@ class Model:
 
     def clone(self) -> Model:
         """A model of its own with the same weights (and tokenizer)."""
-        return self._like(self.dtype)
+        return self._like(self.dtype, self.device_name)
+
+    def to(self, device: str) -> Model:
+        """A model of its own with the same weights (and tokenizer) on another device; this one itself where it is there."""
+        return self if device == self.device_name else self._like(self.dtype, device)
 
     def double(self) -> Model:
-        """A copy in float64, for gradient checks."""
-        return self._like(torch.float64)
+        """A copy in float64 on the CPU, for gradient checks."""
+        return self._like(torch.float64, "cpu")
 
-    def _like(self, dtype: torch.dtype) -> Model:
+    def _like(self, dtype: torch.dtype, device: str) -> Model:
         base = self.base
-        if base is not None and dtype != self.dtype:
-            base = base._like(dtype)
+        if base is not None and (dtype, device) != (self.dtype, self.device_name):
+            base = base._like(dtype, device)
         other = Model(
             self.config,
+            device=device,
             head=self.head,
             weights=self.weights if dtype == torch.float32 else "float32",
             dtype=dtype,
             recompute=self.recompute,
             logits_budget=self.logits_budget,
-            level=self._level if dtype == torch.float32 else None,
+            level=self._level if dtype == torch.float32 and device == "cpu" else None,
             _initialise=False,
             _base=base,
             _lora=self.lora,
@@ -489,6 +523,7 @@ class Model:
         """An adapter on this model."""
         model = Model(
             self.config,
+            device=self.device_name,
             head=head,
             weights=self.weights,
             dtype=self.dtype,
@@ -512,6 +547,7 @@ class Model:
         base, lora = self._adapted()
         model = Model(
             self.config,
+            device=self.device_name,
             head=self.head,
             weights=self.weights,
             dtype=self.dtype,
@@ -528,7 +564,7 @@ class Model:
                 if f"{module}.lora_A.weight" in own:
                     a, b = own[f"{module}.lora_A.weight"], own[f"{module}.lora_B.weight"]
                     # The engine's product: the same bits for any number of threads.
-                    change = kernels.matmul(b, a.T.contiguous()) * lora.scale
+                    change = kernels.matmul(b.cpu(), a.T.cpu().contiguous()).to(view.device) * lora.scale
                     view += change.T if self.config.position == "learned" else change
         model.reward_bias = self.reward_bias
         return model._told_as(self)
@@ -711,14 +747,14 @@ class _Score(torch.autograd.Function):
     def forward(
         ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, mask: Tensor | None, temperature: float, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(batch.tokens.numel(), dtype=model.dtype)
+        logprobs = torch.empty(batch.tokens.numel(), dtype=model.dtype, device=model.device)
         entropy = torch.empty_like(logprobs)
         ctx.weights = model._weights()
         ctx.graph = model._engine.score(
             ctx.weights,
-            batch.tokens,
-            batch.cu_seqlens,
-            mask,
+            batch.tokens.cpu(),
+            batch.cu_seqlens.cpu(),
+            None if mask is None else mask.cpu(),
             logprobs,
             entropy,
             temperature,
@@ -729,12 +765,12 @@ class _Score(torch.autograd.Function):
         )
         ctx.model, ctx.versions = model, model._versions()
         model.graphs += keep
-        return logprobs, entropy
+        return logprobs.to(batch.tokens.device), entropy.to(batch.tokens.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None, None, None]:
-        d_logprobs, d_entropy = (gradient.contiguous() for gradient in gradients)
         model: Model = ctx.model
+        d_logprobs, d_entropy = (gradient.to(model.device).contiguous() for gradient in gradients)
         _check_unchanged(model, ctx.versions)
         model._engine.backward_score(
             ctx.graph, ctx.weights, model._grad_buffer(), d_logprobs, d_entropy, torch.get_num_threads(), model._told
@@ -745,12 +781,12 @@ class _Score(torch.autograd.Function):
 class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _anchor: Tensor, model: Model, batch: PackedBatch, keep: bool) -> Tensor:
-        values = torch.empty(batch.tokens.numel(), dtype=model.dtype)
+        values = torch.empty(batch.tokens.numel(), dtype=model.dtype, device=model.device)
         ctx.weights = model._weights()
         ctx.graph = model._engine.values(
             ctx.weights,
-            batch.tokens,
-            batch.cu_seqlens,
+            batch.tokens.cpu(),
+            batch.cu_seqlens.cpu(),
             values,
             keep,
             model.recompute,
@@ -758,7 +794,7 @@ class _Values(torch.autograd.Function):
         )
         ctx.model, ctx.versions = model, model._versions()
         model.graphs += keep
-        return values
+        return values.to(batch.tokens.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
@@ -766,6 +802,11 @@ class _Values(torch.autograd.Function):
         model: Model = ctx.model
         _check_unchanged(model, ctx.versions)
         model._engine.backward_values(
-            ctx.graph, ctx.weights, model._grad_buffer(), d_values.contiguous(), torch.get_num_threads(), model._told
+            ctx.graph,
+            ctx.weights,
+            model._grad_buffer(),
+            d_values.to(model.device).contiguous(),
+            torch.get_num_threads(),
+            model._told,
         )
         return None, None, None, None

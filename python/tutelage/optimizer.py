@@ -66,12 +66,16 @@ class AdamW:
         cuts = buckets(size, sorted(model.block_starts().values()), bucket_bytes // model.params.element_size())
         self.layout = Layout(size, cuts, ranks.count)
         """Which rank updates which parameters."""
+        if (ranks.count > 1 or exact) and model.device_name != "cpu":
+            raise ValueError(
+                f"the optimizer is shared out among ranks on the CPU only, and the model is on {model.device_name}"
+            )
         self._shard = Shard(self.layout, ranks) if ranks.count > 1 or exact else None
         # Of the gradients since zero_grad, this rank's part; without a shard they are the model's.
         self._sum: Tensor | None = None
         own = size if self._shard is None else self._shard.size
-        self.exp_avg = torch.zeros(own, dtype=model.params.dtype)
-        self.exp_avg_sq = torch.zeros(own, dtype=model.params.dtype)
+        self.exp_avg = torch.zeros(own, dtype=model.params.dtype, device=model.params.device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
 
     def reduction(self, present: Sequence[bool]) -> Reduction:
         """Of several ranks (or exact): adds the gradients that the model of each rank holds, or will hold at the end of the
@@ -118,22 +122,28 @@ class AdamW:
         scale = 1.0 if self.max_grad_norm is None or norm <= self.max_grad_norm else self.max_grad_norm / norm
         self.steps += 1
         if self._shard is None:
-            model._engine.adamw(
-                model.params,
-                model._settled_grads(),
-                self.exp_avg,
-                self.exp_avg_sq,
-                self.lr,
-                *self.betas,
-                self.eps,
-                self.weight_decay,
-                self.steps,
-                scale,
-                torch.get_num_threads(),
-            )
+            grads = model._settled_grads()
+
+            def update(copy: Tensor | None) -> None:
+                model._engine.adamw(
+                    model.params,
+                    grads,
+                    self.exp_avg,
+                    self.exp_avg_sq,
+                    self.lr,
+                    *self.betas,
+                    self.eps,
+                    self.weight_decay,
+                    self.steps,
+                    scale,
+                    copy,
+                    torch.get_num_threads(),
+                )
+
+            model._stepped(update)
         else:
             self._step_own_part(self._shard, scale)
-        torch.autograd.graph.increment_version(model.params)
+            torch.autograd.graph.increment_version(model.params)
         return norm
 
     def _step_own_part(self, shard: Shard, scale: float) -> None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from tutelage import _core
 from tutelage.batch import PackedBatch, pack
 
 if TYPE_CHECKING:
@@ -174,8 +172,8 @@ class Generation:
                 raise ValueError("stop_strings need a tokenizer, but this model has none (model.tokenizer)")
             spelling = model.tokenizer.token_bytes()
             spelling += [b""] * (model.config.vocab_size - len(spelling))
-        budget = free_memory() // 2 if settings.kv_cache_bytes is None else settings.kv_cache_bytes
-        options = _core.GeneratorOptions(
+        budget = model._on.free_memory() // 2 if settings.kv_cache_bytes is None else settings.kv_cache_bytes
+        options = model._on.core.GeneratorOptions(
             budget, settings.prefill_chunk, MAX_SEQUENCES, settings.share_prefixes, torch.get_num_threads()
         )
         self._model = model
@@ -273,13 +271,3 @@ def _per_prompt(name: str, value: int | Sequence[int], prompts: int, least: int)
         if not least <= entry < 2**63:
             raise ValueError(f"{name} must be at least {least}, but for prompt {row} it is {entry}")
     return values
-
-
-def free_memory() -> int:
-    """Bytes that this machine could still give; on systems that do not say, 4 GiB."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4 * 2**30

@@ -5,7 +5,7 @@
 using namespace tutelage;
 
 namespace {
-TensorView view() { return {"hidden", nullptr, DType::float32, true, false, {3, 4}, {4, 1}}; }
+TensorView view() { return {"hidden", nullptr, DType::float32, Place::cpu, false, {3, 4}, {4, 1}}; }
 }  // namespace
 
 TEST(a_good_view_passes_every_check) {
@@ -25,7 +25,7 @@ TEST(errors_name_the_argument_what_was_expected_and_what_came) {
   CHECK_THROWS(ArgumentError, "argument 'hidden' must have shape [], but it is float32 [3, 4] on the CPU", x.require_shape({}));
   x.strides = {1, 3};
   CHECK_THROWS(ArgumentError, "argument 'hidden' must be contiguous; call .contiguous() on it first", x.require_contiguous());
-  x.on_cpu = false, x.dtype = DType::other;
+  x.place = Place::other, x.dtype = DType::other;
   CHECK_THROWS(ArgumentError, "argument 'hidden' must be on the CPU, but it is another dtype [3, 4] on another device",
                x.require_cpu());
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -98,6 +99,7 @@ def _child(job: dict[str, Any]) -> None:
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(source, descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     status = 1
     try:
         module, _, name = job["function"].partition(":")

@@ -70,6 +70,13 @@ def test_faults_are_named(tool: ModuleType) -> None:
     good = {"80": kernel(registers=40, counts={"HMMA": 2}, main_loop={"HMMA": 2, "LDSM": 1, "LDGSTS": 1})}
     assert tool.faults({"a": good}, {"a": (128, 0)}) == []
     assert tool.faults({"a": good}, {}) == ["a: no test launches it"]
+    by_element = {"80": kernel(counts={"HMMA": 2}, main_loop={"HMMA": 2, "LDSM": 1})}
+    unaligned, aligned = (
+        "matmul_kernel<16, 64, 1, 8, (Lies)0, (Lies)1, false>",
+        "matmul_kernel<16, 64, 1, 8, (Lies)0, (Lies)1, true>",
+    )
+    assert tool.faults({unaligned: by_element}, {unaligned: (128, 0)}) == []
+    assert tool.faults({aligned: by_element}, {aligned: (128, 0)}) == [f"{aligned} (sm_80): no LDGSTS in the main loop"]
     bad = {"80": kernel(stack=16, spilled=20, shared=64, counts={"HMMA": 1, "STL": 1}, main_loop={"HMMA": 1})}
     assert tool.faults({"b": bad}, {"b": (32, 0)}) == [
         "b (sm_80): 20 bytes are spilled, the stack frame has 16",

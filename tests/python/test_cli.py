@@ -213,7 +213,8 @@ def test_the_doctor_names_what_is_there(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert all(finding.text in printed for finding in findings.values())
     assert __version__ in findings["tutelage"].text
-    assert "this build has no CUDA backend" in findings["cuda"].text
+    assert findings["device, cuda-sim"].text == "works: an emulator of the GPU's kernels, for tests"
+    assert findings["device, cuda"].text.startswith(("works: ", "does not work here: "))
     for name, supported in _core.levels():
         assert (findings[f"kernels, {name}"].text == "not on this CPU") != supported
     assert "in use" in findings[f"kernels, {_core.active_level()}"].text

@@ -645,7 +645,7 @@ def test_the_wrong_head() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "device must be 'cpu' (this build has no other backend), but it is 'cuda'"),
+        ({"device": "gpu"}, "device must be 'cpu', 'cuda' or 'cuda-sim', but it is 'gpu'"),
         ({"head": "value"}, "head must be 'lm' or 'scalar', but it is 'value'"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, but it is torch.bfloat16"),
         (

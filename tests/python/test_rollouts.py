@@ -15,7 +15,8 @@ import transformers
 import tutelage as tl
 from models_for_tests import KINDS, backward, batch_for, bits, in_use, in_use_at_start, threads, tiny_model
 from tutelage import Model, Rollouts, _core
-from tutelage.rollouts import Interrupted, free_memory
+from tutelage.devices import free_memory
+from tutelage.rollouts import Interrupted
 
 
 def prompts_for(model: Model, count: int, longest: int = 150, seed: int = 0) -> list[list[int]]:

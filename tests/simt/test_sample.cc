@@ -154,6 +154,28 @@ TEST(cuts_keep_the_support_that_they_define) {
   }
 }
 
+// As cpp/kernels/linear_logprob.inc scales: by 1 / temperature, rounded once.
+TEST(logits_are_divided_by_each_rows_own_temperature) {
+  const double temperatures[] = {0.7, 1.0, 0.0, 3.0, 1e-3};
+  const int64_t rows = 5;
+  for (int64_t vocab : {1, 255, 256, 300}) {
+    const Memory<float> z = random_float(rows * vocab, 3, 10);
+    Memory<SampleSettings> settings(rows);
+    for (int64_t i = 0; i < rows; ++i) settings[i] = SampleSettings{}, settings[i].temperature = temperatures[i];
+    const Memory<float> scaled = every_schedule([&] {
+      Memory<float> out = z;
+      tc::scale_logits(out.data(), rows, vocab, settings.data(), nullptr);
+      return out;
+    });
+    for (int64_t i = 0; i < rows * vocab; ++i) {
+      const double t = temperatures[i / vocab];
+      const float factor = t > 0 ? static_cast<float>(1 / t) : 1.0f;
+      CHECK(scaled[i] == z[i] * factor, i, t, scaled[i], z[i]);
+      CHECK(t == 1 || t == 0 || scaled[i] != z[i], i, t);
+    }
+  }
+}
+
 TEST(logits_that_are_no_numbers_draw_nothing) {
   const int64_t vocab = 300;
   for (int64_t bad : {0, 255, 290, 299}) {

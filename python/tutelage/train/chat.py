@@ -71,7 +71,7 @@ class _Conversation:
     def __init__(self, config: ChatConfig) -> None:
         self.config = config
         self.console = Console(highlight=False)
-        self.model = Model.from_pretrained(config.model, weights=config.weights)
+        self.model = Model.from_pretrained(config.model, device=config.device, weights=config.weights)
         if self.model.tokenizer is None:
             raise ValueError(f"{config.model} holds no tokenizer.json, so text cannot become tokens")
         self.tokenizer: Tokenizer = self.model.tokenizer

@@ -30,6 +30,9 @@ class RunConfig:
     seed: int = 0
     """Of everything random: the first weights and the order of the data. The same command gives the same
     files, bit for bit."""
+    device: Literal["cpu", "cuda", "cuda-sim"] = "cpu"
+    """cpu; cuda: torch's current GPU, in bfloat16 with float32 weights for the optimizer; cuda-sim: the GPU's
+    kernels on an emulator, a thousand times slower, to try what a GPU will do."""
     save_steps: int = 250
     """Save a checkpoint every so many steps; the last step is always saved."""
     save_total_limit: int = 2
@@ -686,6 +689,8 @@ class GenerateConfig:
     """Of the draws."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: round the matrices; half the memory to read, so faster for few prompts at a time."""
+    device: Literal["cpu", "cuda", "cuda-sim"] = "cpu"
+    """cpu; cuda: a GPU; cuda-sim: its kernels on an emulator."""
     kv_cache_bytes: int | None = None
     """Memory for keys and values; more prompts than fit wait their turn. None: half of what is free."""
     json: str | None = None
@@ -718,6 +723,8 @@ class ChatConfig:
     """Of the draws: the same lines give the same answers. The nth answer draws with seed + n."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: round the matrices; half the memory to read, so faster."""
+    device: Literal["cpu", "cuda", "cuda-sim"] = "cpu"
+    """cpu; cuda: a GPU; cuda-sim: its kernels on an emulator."""
 
     def __post_init__(self) -> None:
         at_least(self, "max_new_tokens", 1)
@@ -760,6 +767,8 @@ class EvalConfig:
     """What to do with a bad row: "error", or "skip:<max>" to leave out up to so many, each reported."""
     micro_batch_tokens: int = 8192
     """Tokens scored at once: less needs less memory, the result is the same."""
+    device: Literal["cpu", "cuda", "cuda-sim"] = "cpu"
+    """cpu; cuda: a GPU; cuda-sim: its kernels on an emulator."""
     json: str | None = None
     """Write the figures to this file."""
 

@@ -68,15 +68,15 @@ def evaluate(config: EvalConfig) -> Figures:
     return figures
 
 
-def _model(folder: str) -> tuple[Model, Tokenizer]:
-    model = Model.from_pretrained(folder)
+def _model(folder: str, device: str) -> tuple[Model, Tokenizer]:
+    model = Model.from_pretrained(folder, device=device)
     if model.tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json, so text cannot become tokens")
     return model, model.tokenizer
 
 
 def _bits_per_byte(config: EvalConfig) -> Figures:
-    model, tokenizer = _model(config.model)
+    model, tokenizer = _model(config.model, config.device)
     sources = documents_to_score(read_documents(config.data, 0.0, config.on_bad_row), tokenizer)
     context = model.config.max_position_embeddings
     pieces = sum(len(source.sequences(context)) for source in sources)
@@ -91,7 +91,7 @@ def _accuracy(config: EvalConfig) -> Figures:
     score: Callable[..., Any] = _matches
     if config.scorer is not None:
         score = load_function(config.scorer, "scorer", ("prompt", "answer", "row"))
-    model, tokenizer = _model(config.model)
+    model, tokenizer = _model(config.model, config.device)
     prompts = _prompts(config, tokenizer)
     if config.scorer is None:
         for prompt in prompts.examples:  # before the answers, which take their time
@@ -111,9 +111,13 @@ def _win_rate(config: EvalConfig) -> Figures:
         judge = load_function(config.judge, "judge", ("prompt", "answer", "other", "row"))
     answers, rewards = [], []
     for folder in (config.model, config.against):
-        model, tokenizer = _model(folder)
+        model, tokenizer = _model(folder, config.device)
         prompts = _prompts(config, tokenizer)
-        reward_model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer, model.base)
+        reward_model = (
+            None
+            if config.reward_model is None
+            else load_reward_model(config.reward_model, tokenizer, model.base, model.device_name)
+        )
         answers.append(_answers(config, model, prompts))
         if reward_model is not None:
             rewards.append(_rewards(reward_model, answers[-1].pack(), config.micro_batch_tokens).tolist())
@@ -129,8 +133,8 @@ def _win_rate(config: EvalConfig) -> Figures:
 
 def _kl(config: EvalConfig) -> Figures:
     assert config.against is not None  # the config has checked it
-    model, tokenizer = _model(config.model)
-    reference, other = _model(config.against)
+    model, tokenizer = _model(config.model, config.device)
+    reference, other = _model(config.against, config.device)
     if other.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{config.model} and {config.against} have different tokenizers, so their tokens cannot be compared")
     rollouts = _answers(config, model, _prompts(config, tokenizer))
@@ -141,8 +145,8 @@ def _kl(config: EvalConfig) -> Figures:
 
 def _reward(config: EvalConfig) -> Figures:
     assert config.reward_model is not None  # the config has checked it
-    model, tokenizer = _model(config.model)
-    reward_model = load_reward_model(config.reward_model, tokenizer, model.base)
+    model, tokenizer = _model(config.model, config.device)
+    reward_model = load_reward_model(config.reward_model, tokenizer, model.base, model.device_name)
     answers = _answers(config, model, _prompts(config, tokenizer))
     rewards = _rewards(reward_model, answers.pack(), config.micro_batch_tokens).tolist()
     mean = math.fsum(rewards) / len(rewards)
@@ -151,7 +155,7 @@ def _reward(config: EvalConfig) -> Figures:
 
 
 def _reward_accuracy(config: EvalConfig) -> Figures:
-    model, tokenizer = _model(config.model)
+    model, tokenizer = _model(config.model, config.device)
     if model.head != "scalar":
         raise ValueError(f"{config.model} holds a language model, and reward_accuracy needs a reward model")
     rows = load_rankings(config.data, tokenizer, model.config.max_position_embeddings, config.on_bad_row)

@@ -95,7 +95,11 @@ class Judge:
         `RewardFunctions`.
         """
         self._run, self._config = run, config
-        self.model = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer, model.base)
+        self.model = (
+            None
+            if config.reward_model is None
+            else load_reward_model(config.reward_model, tokenizer, model.base, model.device_name)
+        )
         longest = longest_sequence(config, model)
         if self.model is not None and self.model.config.max_position_embeddings < longest:
             raise ValueError(

@@ -27,7 +27,7 @@ def generate(config: GenerateConfig) -> Rollouts:
         prompts += read_prompts(Path(config.prompts_file))
     if not prompts:
         raise ValueError("there is no prompt; pass --prompt 'Once upon a time', or --prompts_file FILE.jsonl")
-    model = Model.from_pretrained(config.model, weights=config.weights)
+    model = Model.from_pretrained(config.model, device=config.device, weights=config.weights)
     if model.tokenizer is None:
         raise ValueError(f"{config.model} holds no tokenizer.json, so text cannot become tokens")
     settings = GenerationSettings(

@@ -91,7 +91,7 @@ def pretrain(config: PretrainConfig, *, disk: Disk = DISK, fault: Callable[[str]
         corpus = run.led(lambda: Corpus.build(documents, tokenizer, run.folder / "corpus"))
         data = PackedEpochs(corpus, config.context, config.seed)
         held_out = corpus.held_out()
-        model = Model(_shape(config, tokenizer.vocab_size), seed=config.seed)
+        model = Model(_shape(config, tokenizer.vocab_size), seed=config.seed, device=config.device)
         model.tokenizer = tokenizer
         optimizer = run.optimizer(model, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         _introduce(run, corpus, model, config)

@@ -28,7 +28,11 @@ def load_reference(folder: str, model: Model, longest: int) -> Model:
     Raises ValueError where it cannot read the model's `longest` sequences.
     """
     base = model.base
-    reference = base if base is not None and base.is_from(folder) else Model.from_pretrained(folder, base=base)
+    reference = (
+        base
+        if base is not None and base.is_from(folder)
+        else Model.from_pretrained(folder, device=model.device_name, base=base)
+    )
     if reference.head != "lm":
         raise ValueError(f"{folder} holds a reward model, and a reference must be a language model")
     if reference.config.vocab_size != model.config.vocab_size:

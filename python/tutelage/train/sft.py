@@ -80,7 +80,11 @@ def sft(
         model, tokenizer = base_model(config)
         examples, held_out = _examples(run, config, model, tokenizer, objective is not None)
         data = Batches(examples, config.seed)
-        judge = None if config.reward_model is None else load_reward_model(config.reward_model, tokenizer, model.base)
+        judge = (
+            None
+            if config.reward_model is None
+            else load_reward_model(config.reward_model, tokenizer, model.base, model.device_name)
+        )
         model.eos_token_ids = stops(model, tokenizer, examples)
         optimizer = run.optimizer(model, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
         last = config.max_steps or math.ceil(config.num_train_epochs * len(data) / config.batch_size)

@@ -80,9 +80,9 @@ def start(config: TuningConfig, head: Head) -> Model:
     """
     wanted: Head | None = "scalar" if head == "scalar" else None
     if not config.lora_rank:
-        model = Model.from_pretrained(config.model, wanted, seed=config.seed)
+        model = Model.from_pretrained(config.model, wanted, config.device, seed=config.seed)
         return model if model.base is None else model.merge()
-    model = Model.from_pretrained(config.model)
+    model = Model.from_pretrained(config.model, device=config.device)
     if model.base is None:
         return with_adapter(model, config, wanted)
     lora = model.lora
@@ -93,7 +93,7 @@ def start(config: TuningConfig, head: Head) -> Model:
             f"{config.model} holds an adapter of lora_rank {lora.rank}, lora_alpha {lora.alpha:g} and lora_target_modules "
             f"{' '.join(lora.target_modules)}: give the same to train it on, or merge it into a model first (--lora_merge)"
         )
-    return Model.from_pretrained(config.model, wanted, base=model.base, seed=config.seed)
+    return Model.from_pretrained(config.model, wanted, config.device, base=model.base, seed=config.seed)
 
 
 def with_adapter(model: Model, config: TuningConfig, head: Head | None = None) -> Model:
@@ -131,8 +131,8 @@ def content(model: Model) -> str:
     digest = hashlib.sha256(repr(model.config).encode())
     if model.base is not None:
         digest.update(repr(model.lora).encode())
-        digest.update(model.base.params.numpy().data)
-    digest.update(model.params.numpy().data)
+        digest.update(model.base.params.cpu().numpy().data)
+    digest.update(model.params.cpu().numpy().data)
     return digest.hexdigest()
 
 
