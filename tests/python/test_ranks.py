@@ -473,7 +473,9 @@ def test_memory_of_the_optimizer_is_shared_out(children: Forker) -> None:
         small, large = (
             [
                 [int(number) for number in output.split()]
-                for output in ranks_for_tests.outputs(ranks_for_tests.run(children, "rank_children:memory", count, hidden=hidden))
+                for output in ranks_for_tests.outputs(
+                    ranks_for_tests.run(children, "rank_children:memory", count, hidden=hidden)
+                )
             ]
             for hidden in (256, 640)
         )
