@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from tutelage.train.sft import sft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIM = "cuda-sim"
+SIM = os.environ.get("TUTELAGE_TEST_DEVICE", "cuda-sim")  # cuda: the same tests on a GPU
 OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("llama", "gpt2")]
 # Grouped queries, RMSNorm, SwiGLU, RoPE; LayerNorm, GELU, biases, learned positions, a tied head; the others in the slow tier.
 EVERY_KIND = ["llama", "gpt2", *OTHERS]
