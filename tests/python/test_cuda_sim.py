@@ -469,7 +469,10 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"device 'cuda' does not work here: this build has no CUDA kernels; install tutelage"):
         devices.find("cuda")
     assert "install tutelage again" in devices.problem("cuda-sim")
-    assert device_finding("cuda-sim", devices.problem("cuda-sim")).problem and not device_finding("cuda", devices.problem("cuda")).problem
+    assert (
+        device_finding("cuda-sim", devices.problem("cuda-sim")).problem
+        and not device_finding("cuda", devices.problem("cuda")).problem
+    )
 
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: x", name=name)
