@@ -77,6 +77,7 @@ __device__ __forceinline__ void write_rows(const float (&x)[1][D / 8][4], float 
                                            int rows, int chunks) {
   using R = BackwardRows<D>;
   const int lane = static_cast<int>(lane_id());
+  __syncwarp();  // every lane has read what is written over now
   SIMT_UNROLL
   for (int h = 0; h < 2; ++h) SIMT_UNROLL
   for (int n = 0; n < D / 8; ++n)

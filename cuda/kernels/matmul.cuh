@@ -218,7 +218,8 @@ struct ProductShape {
   static constexpr int kSteps = kWarpM / 16, kColumns = kWarpN / 8, kHalf = N / 2;
   static constexpr int kPitch = N + 8;  // of a warp row's sums in shared memory: eight rows' neighbours lie in different banks
   static constexpr int kStageBytes = Stages * (M + N) * kProductDepth * 2, kSumBytes = kWarpM * kPitch * 4;
-  static constexpr int kBlocks = M == 128 ? 2 : M == 64 ? 4 : 6;  // of a multiprocessor: 255, 128, 85 registers a thread
+  static constexpr int kBlocks =
+      M == 64 ? 4 : 1;  // of a multiprocessor, at least: 4 leave 128 registers a thread, which suffice
   static constexpr int kBytes = kStageBytes > kSumBytes ? kStageBytes : kSumBytes;
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
   // The tile's column at which the j-th 8 of warp column w begin.

@@ -79,7 +79,7 @@ def tiny_model(kind: str = "llama", **options: Any) -> Model:
         return lora_model(kind.removesuffix("+lora"), **options)
     model = Model(KINDS[kind], **options)
     noise = torch.randn(model.params.numel(), generator=torch.Generator().manual_seed(1))
-    model.params += 0.2 * noise
+    model.params += 0.2 * noise.to(model.device)
     return model
 
 
@@ -93,7 +93,8 @@ def lora_model(
 ) -> Model:
     """An adapter that has learned something, on a tiny model."""
     model = (base or tiny_model(kind, **options)).with_lora(rank, 2.0 * rank, targets, head, seed=1)
-    model.params += 0.1 * torch.randn(model.params.numel(), generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(model.params.numel(), generator=torch.Generator().manual_seed(2))
+    model.params += 0.1 * noise.to(model.device)
     return model
 
 
@@ -124,7 +125,7 @@ def randn(like: Tensor, seed: int) -> Tensor:
 
 def bits(*tensors: Tensor) -> bytes:
     """The bytes: unlike ``torch.equal`` they tell -0 from 0 and find NaN equal to itself."""
-    return b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in tensors)
+    return b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from tutelage.train.sft import sft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIM = "cuda-sim"
+SIM = os.environ.get("TUTELAGE_TEST_DEVICE", "cuda-sim")  # cuda: the same tests on a GPU
 OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("llama", "gpt2")]
 # Grouped queries, RMSNorm, SwiGLU, RoPE; LayerNorm, GELU, biases, learned positions, a tied head; the others in the slow tier.
 EVERY_KIND = ["llama", "gpt2", *OTHERS]
@@ -91,7 +92,7 @@ def test_a_model_is_at_most_twice_as_far_from_the_truth_as_torchs_bfloat16(kind:
         assert rms(theirs - right) < 0.2 * rms(right)  # it is the same model that torch computes
     backward(sim, batch)
     backward(truth, batch)
-    right_grads, mine_grads = dict(truth.named_grads()), dict(sim.named_grads())
+    right_grads, mine_grads = dict(truth.named_grads()), {name: grad.cpu() for name, grad in sim.named_grads()}
     assert set(grads) == set(right_grads)
     for name, right in right_grads.items():
         assert rms(mine_grads[name] - right) <= 2 * rms(grads[name] - right), name
@@ -122,7 +123,7 @@ def test_a_scalar_head_and_its_gradients(kind: str) -> None:
     assert rms(values - right) <= 4 * rms(base - right)
     for model in (sim, truth, rounded):
         backward(model, batch)
-    assert rms(sim.grads - truth.grads) <= 4 * rms(rounded.grads - truth.grads)
+    assert rms(sim.grads.cpu() - truth.grads) <= 4 * rms(rounded.grads - truth.grads)
 
 
 def test_an_adapter_learns_on_the_device() -> None:
@@ -135,7 +136,7 @@ def test_an_adapter_learns_on_the_device() -> None:
     batch = batch_for(cpu, [17, 1, 9])
     for model in (sim, truth, rounded):
         backward(model, batch)
-    assert rms(sim.grads - truth.grads) <= 4 * rms(rounded.grads - truth.grads)
+    assert rms(sim.grads.cpu() - truth.grads) <= 4 * rms(rounded.grads - truth.grads)
     merged = sim.merge()
     assert merged.device_name == SIM and bits(merged.params) == bits(cpu.merge().params)
 
@@ -356,16 +357,19 @@ def test_a_folder_is_the_same_from_either_device(tmp_path: Path) -> None:
 def test_nothing_is_kept_that_nobody_needs() -> None:
     from tutelage import _cuda_sim
 
+    def in_use() -> int:
+        return int(_cuda_sim.memory_use()["in_use"]) if SIM == "cuda-sim" else torch.cuda.memory_allocated()
+
     gc.collect()
-    before = _cuda_sim.memory_use()["in_use"]
+    before = in_use()
     model = tiny_model(device=SIM)
     kept = model.score(batch_for(model, [9, 4]))
-    assert _cuda_sim.memory_use()["in_use"] > before
+    assert in_use() > before
     kept.logprobs.sum().backward()
     model.generate([[1, 2]], max_new_tokens=3)
     del model, kept
     gc.collect()
-    assert _cuda_sim.memory_use()["in_use"] == before
+    assert in_use() == before
 
 
 # ---- training loops
@@ -442,9 +446,9 @@ def test_ppo(world: SimpleNamespace, tmp_path: Path) -> None:
         ({"device": "tpu"}, "device must be 'cpu', 'cuda' or 'cuda-sim', but it is 'tpu'"),
         (
             {"device": SIM, "dtype": torch.float64},
-            "dtype=torch.float64 and level go with device='cpu', but device is 'cuda-sim'",
+            f"dtype=torch.float64 and level go with device='cpu', but device is '{SIM}'",
         ),
-        ({"device": SIM, "level": "scalar"}, "dtype=torch.float64 and level go with device='cpu', but device is 'cuda-sim'"),
+        ({"device": SIM, "level": "scalar"}, f"dtype=torch.float64 and level go with device='cpu', but device is '{SIM}'"),
     ],
     ids=str,
 )
@@ -464,8 +468,11 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.importlib, "import_module", missing)
     with pytest.raises(ValueError, match=r"device 'cuda' does not work here: this build has no CUDA kernels; install tutelage"):
         devices.find("cuda")
-    assert "install tutelage again" in devices.problem(SIM)
-    assert device_finding(SIM, devices.problem(SIM)).problem and not device_finding("cuda", devices.problem("cuda")).problem
+    assert "install tutelage again" in devices.problem("cuda-sim")
+    assert (
+        device_finding("cuda-sim", devices.problem("cuda-sim")).problem
+        and not device_finding("cuda", devices.problem("cuda")).problem
+    )
 
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: x", name=name)
@@ -487,7 +494,7 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_of_another_kind_are_refused() -> None:
     model = shared("llama")
     batch = batch_for(model, [3])
-    out = torch.empty(3)
+    out = torch.empty(3, device=model.device)
     with pytest.raises(ValueError, match="argument 'params' must be bfloat16, but it is float32"):
         model._engine.score((model.params, None), batch.tokens, batch.cu_seqlens, None, out, out, 1.0, False, False, 0, 1)
     cpu, optimizer = tiny_model(), torch.zeros(0)
@@ -498,5 +505,6 @@ def test_weights_of_another_kind_are_refused() -> None:
 
 
 def test_a_model_says_where_it_is() -> None:
-    assert "device='cuda-sim'" in repr(shared("llama")) and "device='cpu'" in repr(tiny_model())
-    assert isinstance(shared("llama").config, ModelConfig) and shared("llama").device == torch.device("cpu")
+    assert f"device='{SIM}'" in repr(shared("llama")) and "device='cpu'" in repr(tiny_model())
+    place = torch.device("cpu" if SIM == "cuda-sim" else "cuda")
+    assert isinstance(shared("llama").config, ModelConfig) and shared("llama").device == place
