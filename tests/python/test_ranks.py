@@ -442,9 +442,12 @@ def test_a_damaged_shard_is_named(train: Train) -> None:
 # ---- what it costs
 
 
+BUFFERED = 2 * 65536  # bytes: two buckets, of the eight or more that a step sends
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_bytes_are_those_of_the_count(count: int, train: Train, tmp_path: Path) -> None:
-    """To the byte by our own count, and within headers by the kernel's."""
+    """To the byte by our own count; by the kernel's within headers and what lies in its buffers."""
     (tmp_path / "counted").mkdir()
     train(
         "pretrain", count, child={"counted": str(tmp_path / "counted"), "bucket_bytes": 65536}, eval_steps=100, vocab_size=1000
@@ -463,7 +466,8 @@ def test_bytes_are_those_of_the_count(count: int, train: Train, tmp_path: Path) 
         ours = sum(last["sent"].values()) - sum(first["sent"].values())
         kernel = last["kernel"] - first["kernel"]
         print(rank, ours, kernel, sum(last["expected"]))
-        assert ours <= kernel < 1.05 * ours
+        # What is on its way in a socket's buffers is ours already and not yet the kernel's, or was ours in the step before.
+        assert ours - BUFFERED <= kernel < 1.05 * ours + BUFFERED
         assert ours < 1.02 * sum(last["expected"])  # norms, losses and figures: next to nothing
 
 
