@@ -47,8 +47,8 @@ class Ranks:
     """Of all ranks."""
 
     def __init__(self) -> None:
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        """Whether torchrun has started the ranks again after one of them had failed."""
+        self.starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        """How often torchrun has started the ranks again, after one of them had failed."""
         self.sent: Counter[str] = Counter()
         """Bytes that this rank has sent to others, by operation."""
 
@@ -113,7 +113,9 @@ class _Group(Ranks):
             raise RankError("this process is in a process group already: leave it, tutelage makes its own")
         limit = timedelta(seconds=timeout)
         try:
-            self._store, _, _ = next(rendezvous("env://", timeout=limit))
+            met, _, _ = next(rendezvous("env://", timeout=limit))
+            # torchrun's store outlives the ranks: those that it starts again must not find the addresses of those that died.
+            self._store = dist.PrefixStore(f"start {self.starts}", met)
             self._store.set(f"here/{rank}", "")
             backend = "gloo" if device.type == "cpu" else "nccl"
             dist.init_process_group(backend, store=self._store, rank=rank, world_size=count, timeout=limit)

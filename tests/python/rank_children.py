@@ -144,6 +144,21 @@ def failing(rank: int, how: str, timeout: float, operations: int = 4, at: int = 
     return 0
 
 
+def late_when_restarted(timeout: float) -> int:
+    """Rank 1 dies; when all are started again, rank 0 comes long after rank 1 has looked for it."""
+    fault = fail_at(1, "exchange")
+    if own_rank() == 0 and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0:
+        time.sleep(2)
+    try:
+        with join(timeout) as ranks:
+            fault("exchange")
+            ranks.barrier()
+    except RankError as error:
+        print(error)
+        return 5
+    return 0
+
+
 def waiting_for_a_waiter(timeout: float) -> int:
     """Rank 0 hangs; rank 1 waits for it, and rank 2 for rank 1, and is the first to lose patience."""
     try:

@@ -173,6 +173,14 @@ def test_a_rank_that_never_comes_is_named(children: Forker) -> None:
     assert "rank 0 of 3 waited 2 s, and rank 1 did not come" in ended[0].output
 
 
+def test_ranks_started_again_do_not_look_for_those_that_died(children: Forker) -> None:
+    """torchrun's store, with all that the ranks wrote into it, outlives them."""
+    with ranks_for_tests.meeting_place() as port:
+        for restart, expected in enumerate(([5, -signal.SIGKILL], [0, 0])):
+            started = ranks_for_tests.start(children, "rank_children:late_when_restarted", 2, port, restart, timeout=20)
+            assert [rank.wait() for rank in started] == expected, [rank.output.read_text() for rank in started]
+
+
 def test_an_environment_that_says_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):

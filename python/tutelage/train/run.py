@@ -103,7 +103,7 @@ def _claimed(config: RunConfig, folder: Path, ranks: Ranks, disk: Disk, stack: E
     """The checkpoint to start from. One rank claims the folder for all; started again by torchrun they go on by themselves."""
     start: Path | None = None
     if ranks.leads:
-        again = ranks.restarted and config.resume is None
+        again = ranks.starts > 0 and config.resume is None
         resume, overwrite = ("auto", False) if again else (config.resume, config.overwrite)
         start = stack.enter_context(files.claim_run_folder(folder, resume, overwrite, disk))
     told = ranks.exchange(None if start is None else str(start))[0]
