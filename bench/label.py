@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tutelage.feedback.desk import Desk
-from tutelage.feedback.server import Gate, listen, make_app, make_server
+from tutelage.feedback.server import Gate, label_api, listen, make_app, make_server
 from tutelage.feedback.state import Event, Settings
 from tutelage.feedback.store import Store, create
 from tutelage.feedback.tasks import Item
@@ -166,7 +166,7 @@ def _listening(store: Store) -> Iterator[str]:
     """A server of the store; its host, with the port."""
     with listen("127.0.0.1", 0) as listener:
         host = f"127.0.0.1:{listener.getsockname()[1]}"
-        server = make_server(make_app(Desk(store), Gate(["token"], "bench"), [host]))
+        server = make_server(make_app(label_api(Desk(store)), Gate(["token"], "bench"), [host]))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

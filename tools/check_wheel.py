@@ -1,4 +1,4 @@
-"""Checks what `python -m build` made: one sdist, one wheel under 5 MB, the labelling page and no OpenMP runtime inside, and it
+"""Checks what `python -m build` made: one sdist, one wheel under 5 MB, the pages and no OpenMP runtime inside, and it
 imports and scores, on the CPU and on the CUDA emulator, in another environment without a compiler (torch comes from this one).
 
 python tools/check_wheel.py DIST_FOLDER
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 LIMIT = 5_000_000  # bytes
-PAGE = ("index.html", "page.css", "page.js", "icon.svg")
+PAGE = ("label.html", "label.js", "play.html", "play.js", "shared.js", "page.css", "icon.svg")
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
     print(f"{sdist.name}: {sdist.stat().st_size:,} bytes; {wheel.name}: {size:,} bytes, {len(names)} files")
     missing = [name for name in PAGE if f"tutelage/feedback/page/{name}" not in names]
     if missing:
-        print(f"the wheel lacks {missing} of the labelling page", file=sys.stderr)
+        print(f"the wheel lacks {missing} of the pages", file=sys.stderr)
         return 1
     if size > LIMIT or bundled:
         print(f"the wheel must stay under {LIMIT:,} bytes and carry no OpenMP runtime {bundled}", file=sys.stderr)

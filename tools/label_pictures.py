@@ -1,6 +1,8 @@
-"""Takes the pictures of the labelling page for the docs: every task as a person sees it half-way, one of them dark.
+"""Takes the pictures of the pages for the docs: every task half-way, one of them dark, and a talk with two models.
 
-python tools/label_pictures.py [FOLDER]          (docs/images; needs Chromium, pip install '.[test]')
+python tools/label_pictures.py [FOLDER [MODEL MODEL]]
+
+FOLDER: docs/images. Without models no talk. Needs Chromium and pip install '.[test]'.
 """
 
 from __future__ import annotations
@@ -54,16 +56,21 @@ def rows(task: str) -> list[dict[str, Any]]:
     return [*others[:8], first, *others[8:]]
 
 
-@contextmanager
-def serving(task: str, folder: Path) -> Iterator[str]:
-    """`tutelage label` on the rows of a task; its address."""
-    folder.mkdir()
+def label_command(task: str, folder: Path) -> list[str]:
+    """`tutelage label` on the rows of a task."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(task)))
     (folder / "guidelines.txt").write_text(GUIDELINES)
     options = {"task": task, "responses": "rows.jsonl", "out": "feedback.db", "guidelines": "guidelines.txt", "overlap": "2"}
-    command = [sys.executable, "-m", "tutelage", "label", "--no-browser", "--title", "Answers for children"]
+    command = ["label", "--title", "Answers for children"]
     for name, value in options.items():
         command += [f"--{name}", value]
+    return command
+
+
+@contextmanager
+def serving(command: list[str], folder: Path) -> Iterator[str]:
+    """A command that serves a page; its address."""
+    command = [sys.executable, "-m", "tutelage", *command, "--no-browser"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -116,11 +123,35 @@ def take(browser: Browser, task: str, address: str, folder: Path) -> Iterator[Pa
     for name, colours in ((task, "light"), ("dark", "dark")) if task == "rank" else ((task, "light"),):
         page.emulate_media(color_scheme=colours, reduced_motion="reduce")  # type: ignore[arg-type]
         path = folder / f"label-{name}.png"
-        page.screenshot(path=path)
-        # 128 colours are all that a page of text needs, at a third of the size
-        Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-        yield path
+        yield shot(page, path)
     context.close()
+
+
+def take_play(browser: Browser, address: str, folder: Path) -> Path:
+    """The picture of a talk: one message judged, one to judge."""
+    context = browser.new_context(viewport={"width": 1240, "height": 780}, reduced_motion="reduce", color_scheme="light")
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    page.locator("body[data-view=ready]").wait_for()
+    for said, pressed in (("What do you think of the film about the two brothers?", "A"), ("Would you watch it again?", "")):
+        page.keyboard.type(said)
+        page.keyboard.press("Enter")
+        page.locator("body[data-view=choosing]").wait_for()
+        if pressed:
+            page.keyboard.press(pressed)
+            page.locator("body[data-view=ready]").wait_for()
+    path = shot(page, folder / "play.png")
+    context.close()
+    return path
+
+
+def shot(page: Page, path: Path) -> Path:
+    """What is on the screen."""
+    page.screenshot(path=path)
+    # 128 colours are all that a page of text needs, at a third of the size
+    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
 
 
 def main() -> int:
@@ -131,12 +162,23 @@ def main() -> int:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking", "--font-render-hinting=none"]
         )
+        paths = []
         for task in ("rank", "compare", "rate", "write"):
-            with serving(task, Path(scratch) / task) as address:
-                for path in take(browser, task, address, folder):
-                    size = path.stat().st_size
-                    large += size > LIMIT
-                    print(f"{path}: {size:,} bytes")
+            own = Path(scratch) / task
+            own.mkdir()
+            with serving(label_command(task, own), own) as address:
+                paths += take(browser, task, address, folder)
+        if sys.argv[2:]:
+            models = [str(Path(name).resolve()) for name in sys.argv[2:]]
+            for name, model in zip(("before", "after"), models, strict=True):  # short names to show
+                (Path(scratch) / name).symlink_to(model)
+            command = ["play", "before", "after", "--max_new_tokens", "70", "--temperature", "0.7"]
+            with serving(command, Path(scratch)) as address:
+                paths.append(take_play(browser, address, folder))
+        for path in paths:
+            size = path.stat().st_size
+            large += size > LIMIT
+            print(f"{path}: {size:,} bytes")
         browser.close()
     return 1 if large else 0
 

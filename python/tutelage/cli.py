@@ -124,6 +124,12 @@ COMMANDS: Mapping[str, Command] = {
         positional=("feedback",),
         last="output",
     ),
+    "play": Command(
+        "Talk with one or two models on a local page, and say which answers are better.",
+        "tutelage.train.configs:PlayConfig",
+        "tutelage.train.play:play",
+        positional=("models",),
+    ),
     "convert": Command(
         "Make a Hugging Face folder of a GGUF file, or a GGUF file of a folder.",
         "tutelage.train.configs:ConvertConfig",

@@ -115,7 +115,7 @@ class _Group(Ranks):
         try:
             met, _, _ = next(rendezvous("env://", timeout=limit))
             # torchrun's store outlives the ranks: those that it starts again must not find the addresses of those that died.
-            self._store = dist.PrefixStore(f"start {self.starts}", met)
+            self._store = dist.PrefixStore(f"start {self.starts}", met)  # type: ignore[attr-defined]
             self._store.set(f"here/{rank}", "")
             backend = "gloo" if device.type == "cpu" else "nccl"
             dist.init_process_group(backend, store=self._store, rank=rank, world_size=count, timeout=limit)

@@ -27,12 +27,14 @@ from tutelage.train.configs import (
     GrpoConfig,
     LabelConfig,
     OrpoConfig,
+    PlayConfig,
     PpoConfig,
     PretrainConfig,
     RewardConfig,
     SftConfig,
 )
 from tutelage.train.label import label
+from tutelage.train.play import play
 
 # Of each loop: its module, its function and its config.
 LOOPS: dict[str, tuple[Any, Callable[..., object], Callable[..., Any]]] = {
@@ -112,6 +114,12 @@ def command(
     torch.set_num_threads(1)
     fault = counting(point, number, name, times)
     return cli.run(loop, lambda: LOOPS[loop][1](_config(config, loop), fault=fault))
+
+
+def play_page(config: dict[str, Any]) -> int:
+    """`tutelage play` as the command line runs it."""
+    torch.set_num_threads(1)
+    return cli.run("play", lambda: play(PlayConfig(**{**config, "models": tuple(config["models"])})))
 
 
 def serve(config: dict[str, Any], point: int = 0, name: str = "", without: str = "") -> int:

@@ -1,8 +1,9 @@
-"""A page without a browser: what it sends to the labelling server, and servers to send it to."""
+"""A page without a browser: what it sends to the server, and servers to send it to."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 import uuid
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 
 from tutelage.feedback.desk import Desk
-from tutelage.feedback.server import Gate, listen, make_app, make_server
+from tutelage.feedback.server import Api, Gate, label_api, listen, make_app, make_server
 from tutelage.feedback.state import Settings
 from tutelage.feedback.store import Store, create
 from tutelage.feedback.tasks import Item, Task
@@ -67,6 +68,13 @@ class Page:
         if response.status_code != 200:
             raise Refused(response.status_code, body)
         return body
+
+    def lines(self, verb: str, **fields: Any) -> list[Json]:
+        """What an answer tells that comes in lines."""
+        response = self.client.post(f"/api/{verb}", json=fields)
+        if response.status_code != 200:
+            raise Refused(response.status_code, response.json())
+        return [json.loads(line) for line in response.text.splitlines()]
 
     def get(self, what: str, **query: str) -> Json:
         response = self.client.get(f"/api/{what}", params=query)
@@ -120,13 +128,15 @@ class Served:
 
 
 @contextmanager
-def serving(store: Store, hosts: Sequence[str] = (), problem: Callable[[], str | None] = lambda: None) -> Iterator[Served]:
-    """Serves a store on a free port, for a `with`."""
+def serving(
+    store: Store, hosts: Sequence[str] = (), problem: Callable[[], str | None] = lambda: None, api: Api | None = None
+) -> Iterator[Served]:
+    """Serves a store on a free port, for a `with`; the labelling page, or another."""
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         gate = Gate(["the-token", "another-token"], f"tutelage-{port}")
         names = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", *hosts)]
-        server = make_server(make_app(Desk(store, problem), gate, names))
+        server = make_server(make_app(api or label_api(Desk(store, problem)), gate, names))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

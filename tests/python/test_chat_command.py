@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 96
 
 
-def save_model(folder: Path, template: str | None, head: str = "lm") -> Path:
+def save_model(folder: Path, template: str | None, head: str = "lm", context: int = CONTEXT) -> Path:
     tokenizer = with_template(template)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -30,7 +30,7 @@ def save_model(folder: Path, template: str | None, head: str = "lm") -> Path:
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     )
     model = Model(config, head=head)  # type: ignore[arg-type]
     model.tokenizer = tokenizer
@@ -186,8 +186,8 @@ def test_a_conversation_that_outgrows_the_context(
     assert chat(ChatConfig(str(folder))) == turns("one", "yes", "two", "no"), "what was said before is kept"
     tokens = len(with_template(CHATML).chat_ids(turns("one", "yes", "z" * 99), True))
     assert (
-        f"with this message the conversation has {tokens} tokens, but the model reads at most {CONTEXT}, its answer included; "
-        "the message was left out: send a shorter one, or /reset to begin anew\n"
+        f"with this message the conversation has {tokens} tokens, but {folder} reads at most {CONTEXT}, its answer "
+        "included; the message was left out: send a shorter one, or begin anew\n"
     ) in capsys.readouterr().out
 
 
@@ -212,7 +212,7 @@ def test_text_that_is_no_unicode_is_told(folder: Path, typed: Callable[..., None
         (TEMPLATES["mistral"], "lm", ["--system", "be"], "only user and assistant roles"),
         (CHATML, "scalar", [], "this model has a scalar head; load it with head='lm' to generate tokens"),
         (CHATML, "lm", ["--top_p", "2"], "top_p must lie in (0, 1], but it is 2.0"),
-        (CHATML, "lm", ["--system", "z" * 99], f"tokens, but the model reads at most {CONTEXT}; shorten --system"),
+        (CHATML, "lm", ["--system", "z" * 99], f"reads at most {CONTEXT}; shorten --system"),
     ],
 )
 def test_what_cannot_chat_is_told_before_the_first_prompt(

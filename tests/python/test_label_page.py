@@ -465,7 +465,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path, context: BrowserContext) -> No
                     who: document.querySelector('#who-name').textContent,
                     inside: [...document.querySelectorAll('#prompt .text *, .lettered .text *, bdi *, #title *')].length,
                     strange: document.querySelectorAll(
-                        'iframe, object, embed, base, img, svg, math, style, script:not([src="/page.js"])'
+                        'iframe, object, embed, base, img, svg, math, style, script:not([src="/label.js"])'
                     ).length,
                     fired: window.fired ?? null,
                 })"""

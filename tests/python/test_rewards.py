@@ -372,8 +372,10 @@ def killed(folder: Path, marker: str, change: str = "", then: str = "", processe
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"started\n"
-        deadline = time.monotonic() + 20
-        while len(alive(marker)) < processes and time.monotonic() < deadline:  # itself, two keepers, two workers, the daemon
+        # Itself, two keepers, two workers, the daemon; while that becomes one, there may be its parents as well.
+        deadline, settled = time.monotonic() + 20, 0
+        while settled < 5 and time.monotonic() < deadline:
+            settled = settled + 1 if len(alive(marker)) == processes else 0
             time.sleep(0.01)
         assert len(alive(marker)) == processes
         trainer.kill()

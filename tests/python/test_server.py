@@ -81,13 +81,13 @@ def accepted(served: Served, headers: dict[str, str | None], **others: Any) -> b
 
 
 def test_the_token_works_once(served: Served) -> None:
-    for path in ("/", "/page.css", "/page.js", "/api/session", "/api/progress"):
+    for path in ("/", "/page.css", "/label.js", "/api/session", "/api/progress"):
         status, _, body = ask(served, "GET", path)
         assert status == 403 and b"open the address that `tutelage label` has printed" in body
     for token in ("", "no", "the-token%00", "the-toke", "the-token2"):
         status, headers, body = ask(served, "GET", f"/?token={token}")
         assert status == 403 and b"was used before" in body and "set-cookie" not in headers
-    assert ask(served, "GET", "/page.js?token=the-token")[0] == 403  # only the page itself takes it
+    assert ask(served, "GET", "/label.js?token=the-token")[0] == 403  # only the page itself takes it
     own = let_in(served)
     status, headers, _ = ask(served, "GET", "/?token=the-token")
     assert status == 403 and "set-cookie" not in headers
@@ -205,7 +205,7 @@ def test_every_answer_has_the_headers(served: Served) -> None:
     seen = set()
     for method, path, others in [
         ("GET", "/", own),
-        ("GET", "/page.js", own),
+        ("GET", "/label.js", own),
         ("GET", "/", {}),
         ("GET", "/?token=no", {}),
         ("GET", "/nothing", own),
@@ -428,22 +428,24 @@ def test_no_path_of_a_request_reaches_the_disk(served: Served, tmp_path: Path) -
         "/page.css/../server.py",
     ]
     paths += [
-        "/page.js%00",
+        "/label.js%00",
         "//etc/passwd",
-        "/page/index.html",
+        "/page/label.html",
         f"/{secret}",
         "/api/../page.css",
-        "/index.html",
+        "/label.html",
+        "/play.html",
+        "/play.js",
         "/feedback.db",
     ]
-    paths += ["/api/session?labeller=../../x", "/static/x", "/page.js/", "/.git/config", "/%c0%ae%c0%ae/", "/api/%2e%2e/x"]
+    paths += ["/api/session?labeller=../../x", "/static/x", "/label.js/", "/.git/config", "/%c0%ae%c0%ae/", "/api/%2e%2e/x"]
     _watching.set()
     try:
         for path in paths:
             status, _, body = ask(served, "GET", path, own)
             assert status in (404, 307) or path.startswith("/api/session"), path
             assert b"secret" not in body and b"root:" not in body
-        for path in ("/", "/page.css", "/page.js"):
+        for path in ("/", "/page.css", "/label.js"):
             ask(served, "GET", path, own)
         assert _opened == []
         secret.read_text()  # the negative control: it would have been seen
@@ -456,9 +458,9 @@ def test_the_page_is_served_as_it_lies_there(served: Served) -> None:
     own = let_in(served)
     folder = Path(web.__file__).parent / "page"
     for path, name, kind in (
-        ("/", "index.html", "text/html; charset=utf-8"),
+        ("/", "label.html", "text/html; charset=utf-8"),
         ("/page.css", "page.css", "text/css; charset=utf-8"),
-        ("/page.js", "page.js", "text/javascript; charset=utf-8"),
+        ("/label.js", "label.js", "text/javascript; charset=utf-8"),
     ):
         status, headers, body = ask(served, "GET", path, own)
         if (folder / name).exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tutelage.feedback.state import Event, Finished, State, Waiting
 from tutelage.feedback.store import Store
@@ -38,10 +38,57 @@ _REUSED = "this submission was used before, for something else"
 class Conflict(ValueError):  # noqa: N818 (what it is on the wire)
     """A request that came too late or twice: somebody else, or another tab, was first."""
 
-    def __init__(self, message: str, instead: Json | None = None) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.instead = instead or {}
+        self.instead: Json = {}
         """What the page may go on with."""
+
+
+def take(store: Store, state: State, labeller: str, request: Mapping[str, Any], kind: Literal["answer", "skip"]) -> None:
+    """Keeps an answer or a skip, once for each submission. Raises AnswerError and Conflict."""
+    submission = check_submission(request.get("submission"))
+    item = request.get("item")
+    if isinstance(item, bool) or not isinstance(item, int):
+        raise AnswerError("item must be the number of an item")
+    before = state.submissions.get(submission)
+    if before is not None:
+        if (before.labeller, before.item, before.kind) != (labeller, item, kind):
+            raise Conflict(_REUSED)
+        return
+    order = state.order(labeller, item)
+    if order is None:
+        raise Conflict(f"item {item} was not given to {labeller}")
+    standing = state.standing(labeller, item)
+    if standing is not None:
+        done = "answered" if standing.kind == "answer" else "skipped"
+        raise Conflict(f"you have {done} this item already, perhaps in another tab; undo takes that back")
+    if kind == "answer":
+        body = check_answer(store.settings.task, order, request.get("answer"))
+    else:
+        body = {"reason": check_reason(request.get("reason"))}
+    comment = check_comment(request.get("comment"))
+    seconds = check_seconds(request.get("seconds", 0.0))
+    store.add(kind, labeller, item, body, submission=submission, seconds=seconds, comment=comment)
+
+
+def take_back(store: Store, state: State, labeller: str, submission: object, item: int | None = None) -> int | None:
+    """Takes the labeller's last answer or skip back, once for each submission; its item, or None if that was done before.
+
+    item: the only one that may be taken back; None: any. Raises AnswerError and Conflict.
+    """
+    submission = None if submission is None else check_submission(submission)
+    before = None if submission is None else state.submissions.get(submission)
+    if before is not None:
+        if (before.labeller, before.kind) != (labeller, "undo"):
+            raise Conflict(_REUSED)
+        return None
+    last = state.last(labeller)
+    if last is None:
+        raise Conflict("there is nothing to take back")
+    if item is not None and last.item != item:
+        raise Conflict("something else was judged since then, perhaps in another tab; only the last can be taken back")
+    store.add("undo", labeller, last.item, {"event": last.id}, submission=submission)
+    return last.item
 
 
 def _no_problem() -> str | None:
@@ -116,47 +163,22 @@ class Desk:
         With a submission it may be sent again as well: it takes back once. Raises AnswerError and Conflict.
         """
         labeller = check_labeller(request.get("labeller"))
-        submission = None if request.get("submission") is None else check_submission(request["submission"])
         with self._store.locked() as state:
-            before = None if submission is None else state.submissions.get(submission)
-            if before is not None:
-                if (before.labeller, before.kind) != (labeller, "undo"):
-                    raise Conflict(_REUSED, {"next": self._next(state, labeller)})
-                return self._next(state, labeller)
-            last = state.last(labeller)
-            if last is None:
-                raise Conflict("there is nothing to take back")
-            self._store.add("undo", labeller, last.item, {"event": last.id}, submission=submission)
-            return {"item": self._shown(state, labeller, last.item)}
+            try:
+                item = take_back(self._store, state, labeller, request.get("submission"))
+            except Conflict as conflict:
+                if state.last(labeller) is not None:
+                    conflict.instead = {"next": self._next(state, labeller)}
+                raise
+            return self._next(state, labeller) if item is None else {"item": self._shown(state, labeller, item)}
 
     def _take(self, state: State, request: Mapping[str, Any], kind: Any) -> Json:
         labeller = check_labeller(request.get("labeller"))
-        submission = check_submission(request.get("submission"))
-        item = request.get("item")
-        if isinstance(item, bool) or not isinstance(item, int):
-            raise AnswerError("item must be the number of an item")
-        before = state.submissions.get(submission)
-        if before is not None:
-            if (before.labeller, before.item, before.kind) != (labeller, item, kind):
-                raise Conflict(_REUSED, {"next": self._next(state, labeller)})
-            return self._next(state, labeller)
-        order = state.order(labeller, item)
-        if order is None:
-            raise Conflict(f"item {item} was not given to {labeller}", {"next": self._next(state, labeller)})
-        standing = state.standing(labeller, item)
-        if standing is not None:
-            done = "answered" if standing.kind == "answer" else "skipped"
-            raise Conflict(
-                f"you have {done} this item already, perhaps in another tab; undo takes that back",
-                {"next": self._next(state, labeller)},
-            )
-        if kind == "answer":
-            body = check_answer(self._store.settings.task, order, request.get("answer"))
-        else:
-            body = {"reason": check_reason(request.get("reason"))}
-        comment = check_comment(request.get("comment"))
-        seconds = check_seconds(request.get("seconds", 0.0))
-        self._store.add(kind, labeller, item, body, submission=submission, seconds=seconds, comment=comment)
+        try:
+            take(self._store, state, labeller, request, kind)
+        except Conflict as conflict:
+            conflict.instead = {"next": self._next(state, labeller)}
+            raise
         return self._next(state, labeller)
 
     def _next(self, state: State, labeller: str) -> Json:

@@ -1,4 +1,4 @@
-"""The server of the labelling page: a starlette application that answers nobody else.
+"""The server of the pages: a starlette application that answers nobody else.
 
 A page in the same browser, or a host name that somebody points at this machine, must not be able to judge in a person's name,
 nor to read what is judged. So, for every request:
@@ -22,21 +22,23 @@ import hashlib
 import json
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tutelage.feedback.desk import Conflict, Desk
 from tutelage.feedback.store import StoreError
+from tutelage.feedback.table import Table
 from tutelage.feedback.tasks import AnswerError
 
 MAX_BODY_BYTES = 1 << 20
@@ -48,8 +50,7 @@ HEAD_SECONDS = 10.0
 """In which the head of a request must have arrived, from the connection's beginning or the end of the answer before."""
 MAX_CONNECTIONS = 200
 
-_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-_PATHS = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -66,10 +67,52 @@ HEADERS = {
 }
 
 
-def page_files() -> dict[str, bytes]:
-    """The page, by name of the file."""
-    folder = resources.files("tutelage.feedback") / "page"
-    return {name: (folder / name).read_bytes() for name in _TYPES if (folder / name).is_file()}
+class Stream(Protocol):
+    """An answer that comes in pieces."""
+
+    def step(self) -> list[Mapping[str, Any]] | None:
+        """What there is to tell now; None when all was told."""
+        ...
+
+    def close(self) -> None:
+        """Called once, at the end, or when nobody listens any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Api:
+    """What a page may ask for, by path: functions of JSON to JSON, which run in threads."""
+
+    command: str
+    """That has printed the address."""
+    files: tuple[str, ...]
+    """Of the page: first the one that is served at /, then those that it loads."""
+    reads: Mapping[str, Callable[[object], Any]]
+    """Of the query's `labeller`."""
+    changes: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+    streams: Mapping[str, Callable[[Mapping[str, Any]], Stream]] = field(default_factory=dict)
+    """Answered by lines of JSON, as they come."""
+
+
+def label_api(desk: Desk) -> Api:
+    """The labelling page's."""
+    return Api(
+        "label",
+        ("label.html", "page.css", "label.js", "shared.js", "icon.svg"),
+        {"session": desk.session, "progress": desk.progress},
+        {"next": desk.next, "submit": desk.submit, "skip": desk.skip, "undo": desk.undo},
+    )
+
+
+def play_api(table: Table) -> Api:
+    """The page to talk at."""
+    return Api(
+        "play",
+        ("play.html", "page.css", "play.js", "shared.js", "icon.svg"),
+        {"session": table.session},
+        {"judge": table.judge, "undo": table.undo},
+        {"say": table.say},
+    )
 
 
 class Gate:
@@ -106,59 +149,73 @@ class _Refusal(Exception):  # noqa: N818 (an answer, not a failure)
         self.status = status
 
 
-def make_app(desk: Desk, gate: Gate, hosts: Collection[str], after: Callable[[], None] = lambda: None) -> ASGIApp:
+def make_app(api: Api, gate: Gate, hosts: Collection[str], after: Callable[[], None] = lambda: None) -> ASGIApp:
     """The application.
 
     hosts: what the header Host may be, with the port, as in "127.0.0.1:8000". after: called after every change.
     """
-    pages = page_files()
-    allowed = frozenset(host.lower() for host in hosts)
+    folder = resources.files("tutelage.feedback") / "page"
+    pages = {f"/{name}": (folder / name).read_bytes() for name in api.files}
+    home = f"/{api.files[0]}"
+
+    def known(request: Request) -> None:
+        if not gate.knows(request.cookies):
+            raise _Refusal(403, f"open the address that `tutelage {api.command}` has printed; it lets this browser in")
 
     async def page(request: Request) -> Response:
-        name = _PATHS[request.url.path]
+        path = request.url.path
         token = request.query_params.get("token")
-        if name == "index.html" and token is not None and not gate.knows(request.cookies):
+        if path == "/" and token is not None and not gate.knows(request.cookies):
             cookie = gate.exchange(token)
             if cookie is None:
-                raise _Refusal(403, "this address was used before; `tutelage label` prints a new one when it is started again")
+                raise _Refusal(
+                    403, f"this address was used before; `tutelage {api.command}` prints a new one when it is started again"
+                )
             response = RedirectResponse("/", 303)
             response.set_cookie(gate.cookie_name, cookie, httponly=True, samesite="strict", path="/")
             return response
-        _known(gate, request)
+        known(request)
         if token is not None:
             return RedirectResponse("/", 303)
-        if name not in pages:
-            raise _Refusal(404, "there is no such page")
-        return Response(pages[name], media_type=_TYPES[name])
+        found = home if path == "/" else path
+        return Response(pages[found], media_type=_TYPES[found.rpartition(".")[2]])
 
     def reading(answer: Callable[[object], Any]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            _known(gate, request)
+            known(request)
             _same_site(request)
             return JSONResponse(await run_in_threadpool(answer, request.query_params.get("labeller")))
 
         return endpoint
 
+    async def allowed_body(request: Request) -> Mapping[str, Any]:
+        known(request)
+        _same_site(request)
+        _same_origin(request)
+        return await _body(request)
+
     def changing(answer: Callable[[Mapping[str, Any]], Any]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            _known(gate, request)
-            _same_site(request)
-            _same_origin(request)
-            found = await run_in_threadpool(answer, await _body(request))
+            found = await run_in_threadpool(answer, await allowed_body(request))
             after()
             return JSONResponse(found)
 
         return endpoint
 
+    def streaming(answer: Callable[[Mapping[str, Any]], Stream]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            stream = await run_in_threadpool(answer, await allowed_body(request))
+            return StreamingResponse(_lines(request, stream), media_type="application/x-ndjson")
+
+        return endpoint
+
     app = Starlette(
         routes=[
-            *(Route(path, page, methods=["GET"]) for path in _PATHS),
-            Route("/api/session", reading(desk.session), methods=["GET"]),
-            Route("/api/progress", reading(desk.progress), methods=["GET"]),
-            Route("/api/next", changing(desk.next), methods=["POST"]),
-            Route("/api/submit", changing(desk.submit), methods=["POST"]),
-            Route("/api/skip", changing(desk.skip), methods=["POST"]),
-            Route("/api/undo", changing(desk.undo), methods=["POST"]),
+            Route("/", page, methods=["GET"]),
+            *(Route(path, page, methods=["GET"]) for path in pages if path != home),
+            *(Route(f"/api/{name}", reading(answer), methods=["GET"]) for name, answer in api.reads.items()),
+            *(Route(f"/api/{name}", changing(answer), methods=["POST"]) for name, answer in api.changes.items()),
+            *(Route(f"/api/{name}", streaming(answer), methods=["POST"]) for name, answer in api.streams.items()),
         ],
         exception_handlers={
             _Refusal: _refused,
@@ -169,12 +226,26 @@ def make_app(desk: Desk, gate: Gate, hosts: Collection[str], after: Callable[[],
             405: _no_page,
         },
     )
-    return _Guard(app, allowed)
+    return _Guard(app, frozenset(host.lower() for host in hosts))
 
 
-def _known(gate: Gate, request: Request) -> None:
-    if not gate.knows(request.cookies):
-        raise _Refusal(403, "open the address that `tutelage label` has printed; it lets this browser in")
+async def _lines(request: Request, stream: Stream) -> AsyncIterator[bytes]:
+    """What a stream tells, until all is told or nobody listens; what goes wrong is the last line."""
+    try:
+        while not await request.is_disconnected():
+            try:
+                told = await run_in_threadpool(stream.step)
+            except StoreError as error:
+                told = [{"error": f"{error}; nothing was kept of this, so say it again"}]
+            except Exception as error:  # told to the person who waits, whatever it is
+                told = [{"error": str(error) or type(error).__name__}]
+            if told is None:
+                return
+            yield b"".join(json.dumps(line).encode() + b"\n" for line in told)
+            if any("error" in line for line in told):
+                return
+    finally:
+        stream.close()
 
 
 def _same_site(request: Request) -> None:

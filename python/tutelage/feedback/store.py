@@ -54,10 +54,6 @@ class StoreError(files.FileError):
     """The file cannot be used, or does not take an event: what, and what to do."""
 
 
-class TakenError(ValueError):
-    """A submission's identity was used before, for something else."""
-
-
 def create(
     path: Path,
     settings: Settings,
@@ -245,6 +241,16 @@ class Store:
             event = Event(cursor.lastrowid, at, kind, labeller, item, submission, seconds, body, comment)
             self.state.apply(event)
             return event
+
+    def add_item(self, prompt: Text, responses: Sequence[Text], columns: Mapping[str, Any]) -> int:
+        """One more item, with its answers; its number."""
+        with self._lock:
+            item = Item(len(self.state.items), prompt, tuple(responses), None, dict(columns))
+            with self._transaction():
+                self._connection.execute("INSERT INTO item VALUES (?, ?, ?)", (item.id, _json(prompt), _json(item.columns)))
+                self._connection.execute("INSERT INTO answers VALUES (?, ?)", (item.id, _json(list(responses))))
+            self.state.add_item(item)
+            return item.id
 
     def add_answers(self, item: int, responses: Sequence[Text]) -> None:
         """The answers of an item that had none. They are kept from then on."""

@@ -5,19 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from tutelage import files
-from tutelage.data.chat import ChatTemplateError
-from tutelage.data.chat_check import check_template, prompt_ids, stop_token_ids
-from tutelage.data.tokenizer import Tokenizer
-from tutelage.model import Model
-from tutelage.rollouts import Generation, GenerationSettings
+from tutelage.talker import GrowingText, Message, Talker
 from tutelage.train.configs import ChatConfig
-
-Message = dict[str, str]
 
 _HELP = """/reset      forget the conversation and begin a new one
 /save FILE  add the conversation to a .jsonl file, as a row {"messages": [...]}
@@ -57,61 +50,25 @@ def chat(config: ChatConfig) -> list[Message]:
     return conversation.messages
 
 
-def _can_be_taught(tokenizer: Tokenizer) -> bool:
-    try:
-        check_template(tokenizer)
-    except ChatTemplateError:
-        return False
-    return True
-
-
 class _Conversation:
     """The messages so far, and the model that answers."""
 
     def __init__(self, config: ChatConfig) -> None:
         self.config = config
         self.console = Console(highlight=False)
-        self.model = Model.from_pretrained(config.model, device=config.device, weights=config.weights)
-        if self.model.tokenizer is None:
-            raise ValueError(f"{config.model} holds no tokenizer.json, so text cannot become tokens")
-        self.tokenizer: Tokenizer = self.model.tokenizer
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{config.model} has no chat template, so it was not taught to chat: complete texts with "
-                f"`tutelage generate --model {config.model} --prompt ...`, or put the template it was taught with into the "
-                "folder as chat_template.jinja"
-            )
-        self.taught = _can_be_taught(self.tokenizer)
-        self.opening = [] if config.system is None else [{"role": "system", "content": config.system}]
-        self.messages = list(self.opening)
-        self.stops = tuple(dict.fromkeys([*self.model.eos_token_ids, *stop_token_ids(self.tokenizer)]))
+        self.talker = Talker(
+            config.model,
+            config.system,
+            config.device,
+            config.weights,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
+        self.messages: list[Message] = list(self.talker.opening)
         self.answers = 0
-        # What the template, the model or the engine refuses is told now, not after the user's first message.
-        probe = self._ids([*self.opening, {"role": "user", "content": "Hello"}])
-        limit = self.model.config.max_position_embeddings
-        if len(probe) >= limit:
-            raise ValueError(
-                f"a conversation would begin with {len(probe)} tokens, but the model reads at most {limit}; shorten --system"
-            )
-        Generation(self.model, [probe], GenerationSettings(**self._settings()))
-
-    def _settings(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "max_new_tokens": config.max_new_tokens,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-            "min_p": config.min_p,
-            "seed": config.seed + self.answers,
-            "stop_token_ids": self.stops,
-        }
-
-    def _ids(self, messages: list[Message]) -> list[int]:
-        """As it is taught; a template that cannot be taught is used as transformers uses it, all in one piece."""
-        if self.taught:
-            return prompt_ids(self.tokenizer, messages)
-        return self.tokenizer.chat_ids(messages, add_generation_prompt=True)
 
     def note(self, text: str) -> None:
         """Something that is no answer."""
@@ -134,7 +91,7 @@ class _Conversation:
         if name == "/help":
             self.note(_HELP)
         elif name == "/reset":
-            self.messages = list(self.opening)
+            self.messages = list(self.talker.opening)
             self.note("a new conversation")
         elif name == "/save":
             self._save(argument.strip())
@@ -144,7 +101,7 @@ class _Conversation:
     def _save(self, name: str) -> None:
         if not name:
             raise ValueError("/save needs a file, as in /save chats.jsonl")
-        if len(self.messages) == len(self.opening):
+        if len(self.messages) == len(self.talker.opening):
             raise ValueError("there is nothing to save yet")
         path = Path(name)
         files.make_folder(path.parent)
@@ -157,13 +114,7 @@ class _Conversation:
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        ids = self._ids(asked)
-        limit = self.model.config.max_position_embeddings
-        if len(ids) >= limit:
-            raise ValueError(
-                f"with this message the conversation has {len(ids)} tokens, but the model reads at most {limit}, its answer "
-                "included; the message was left out: send a shorter one, or /reset to begin anew"
-            )
+        ids = self.talker.prompt(asked)
         text, reason = self._stream(ids)
         self.answers += 1
         if reason == "interrupted" and not text:
@@ -173,6 +124,7 @@ class _Conversation:
         if reason == "interrupted":
             self.note("stopped; the conversation keeps what there is")
         elif reason == "length":
+            limit = self.talker.max_tokens
             full = len(ids) + self.config.max_new_tokens > limit
             self.note(
                 f"the context of {limit} tokens is full; /reset begins anew"
@@ -182,23 +134,15 @@ class _Conversation:
 
     def _stream(self, ids: list[int]) -> tuple[str, str]:
         """Writes an answer as it comes; (its text, why it ended)."""
-        tokens: list[int] = []
-        shown, reason = 0, "interrupted"
+        growing, reason = GrowingText(self.talker.tokenizer), "interrupted"
         try:
-            for token in self.model.generate_stream([ids], **self._settings()):
-                if token.finish_reason != "stop":
-                    tokens.append(token.token)
+            for token in self.talker.stream(ids, seed=self.config.seed + self.answers):
                 reason = token.finish_reason or reason
-                # Behind the last whole character there may be bytes of one whose rest is still to come.
-                whole = self.tokenizer.decode(tokens, errors="replace").rstrip("\ufffd")
-                self._write(whole[shown:])
-                shown = max(shown, len(whole))
+                self._write(growing.add(token))
         except KeyboardInterrupt:
             reason = "interrupted"
-        text = self.tokenizer.decode(tokens, errors="replace")
-        if reason == "interrupted":  # a character that was not finished is not part of what there is
-            text = text.rstrip("\ufffd")
-        self._write(text[shown:] + "\n")
+        text = growing.text(whole=reason == "interrupted")  # a character that was not finished is not part of what there is
+        self._write(growing.rest(text) + "\n")
         return text, reason
 
     def _write(self, text: str) -> None:

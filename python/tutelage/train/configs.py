@@ -867,8 +867,7 @@ class LabelConfig:
     def __post_init__(self) -> None:
         for name, least in (("k", 0), ("overlap", 1), ("seed", 0), ("addresses", 1), ("max_new_tokens", 1)):
             at_least(self, name, least)
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"port must lie in 0 .. 65535, but it is {self.port}")
+        check_port(self.port)
         if self.responses is not None and (self.prompts is not None or self.model is not None):
             raise ValueError("responses holds prompts and their answers: leave prompts and model out")
         least, most = ANSWERS[self.task]
@@ -881,6 +880,68 @@ class LabelConfig:
             raise ValueError("order spread compares answers, of which write has one at most: give another order")
         if self.reward_model is not None and self.order != "spread":
             raise ValueError("reward_model is for the order spread: give that too")
+
+
+@dataclass(frozen=True)
+class PlayConfig:
+    """Talk with one or two models on a page, and say which answers are better.
+
+    `tutelage play runs/sft/model runs/ppo/model` prints an address that works once, and opens it. Each message gets two answers
+    side by side as they come: one of each model, or two draws of one. Whose is left and whose is right is drawn anew each time,
+    so a judgement is blind; the conversation goes on with the better one.
+
+    Every judgement is stored at once, in the kind of file that `tutelage label` makes, and the same command adds to it. Ctrl-C
+    ends it. Then, or meanwhile, `tutelage label export play.db --to preference preferences.jsonl` writes rows to learn from,
+    and `tutelage dpo` or `tutelage reward` learns from them.
+    """
+
+    models: tuple[str, ...] = ("runs/sft/model",)
+    """One or two folders of a model, its tokenizer and chat template; may stand without --models in front."""
+    out: str = "play.db"
+    """File that keeps what is said (SQLite). One that is there already is added to."""
+    labeller: str = "player"
+    """Whose judgements these are."""
+    reveal: bool = True
+    """Tell, of an answer that was judged, which model gave it, and count how often each was better."""
+    system: str | None = None
+    """What a system message in front of every conversation says."""
+    title: str = ""
+    """Shown on the page."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but the loopback's lets others on the network reach the page, over plain HTTP."""
+    port: int = 0
+    """Port to listen on. 0: any that is free."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which browsers may ask for the page, besides the address itself."""
+    addresses: int = 1
+    """Print so many one-time addresses, one for each browser."""
+    browser: bool = True
+    """Open the page in the browser of this machine."""
+    max_new_tokens: int = 512
+    """At most so many tokens an answer."""
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 the likely becomes likelier. 0: always the likeliest token; of two models only."""
+    top_k: int = 0
+    """Draw among the so many likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest."""
+    seed: int = 0
+    """Of the draws, and of whose answer is left. The nth message that was answered draws with seed + n."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: round the matrices; half the memory to read, so faster."""
+    device: Literal["cpu", "cuda", "cuda-sim"] = "cpu"
+    """cpu; cuda: a GPU; cuda-sim: its kernels on an emulator."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("addresses", 1), ("max_new_tokens", 1)):
+            at_least(self, name, least)
+        check_port(self.port)
+        if not 1 <= len(self.models) <= 2:
+            raise ValueError(f"models takes one folder or two, but here are {len(self.models)}")
+        if len(set(self.models)) == 1 and self.temperature == 0:
+            raise ValueError("at temperature 0 one model gives one answer twice: pass another model, or a temperature above 0")
 
 
 @dataclass(frozen=True)
@@ -978,6 +1039,12 @@ def at_least(config: object, name: str, least: int) -> None:
     """Raises ValueError naming the field of `config` that is below `least`."""
     if not getattr(config, name) >= least:
         raise ValueError(f"{name} must be at least {least}, but it is {getattr(config, name)}")
+
+
+def check_port(port: int) -> None:
+    """Raises ValueError for a number that is no port; 0 is any that is free."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port must lie in 0 .. 65535, but it is {port}")
 
 
 def resolved(config: RunConfig) -> dict[str, object]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import ipaddress
 import json
 import math
-import secrets
-import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ from tutelage.feedback.tasks import ANSWERS, Item
 from tutelage.model import Model
 from tutelage.train.configs import LabelConfig, LabelExportConfig
 from tutelage.train.run import ignore
+from tutelage.train.serving import place, web
 from tutelage.train.tuning import content
 
 _ANSWERS: Mapping[str, int] = {"rank": 4, "compare": 2, "rate": 4, "write": 1}
@@ -47,19 +45,14 @@ def label(config: LabelConfig, *, fault: Callable[[str], None] = ignore) -> None
     session of another kind in `out`, a model that cannot answer; OSError for an address that is taken; RunFolderError for a
     file that another server holds. None of them leaves a new file behind.
     """
-    try:
-        from tutelage.feedback import server as web
-    except ImportError as error:
-        raise ImportError(f"the labelling page needs starlette and uvicorn: pip install 'tutelage[label]' ({error})") from error
     path = Path(config.out)
     console = Console(stderr=True)
 
     def say(text: str, style: str = "dim") -> None:
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    names = _names(config)
     with ExitStack() as stack:
-        listener = stack.enter_context(web.listen(config.host, config.port))
+        here = stack.enter_context(place(config.host, config.port, config.allowed_hosts))
         models = _Models()
         plan = None if path.exists() and not (config.responses or config.prompts) else _plan(config, models, say)
         if not path.parent.is_dir():
@@ -80,27 +73,17 @@ def label(config: LabelConfig, *, fault: Callable[[str], None] = ignore) -> None
             return
         background = _background(store, models, say)
         stack.callback(background.close)
-        port = listener.getsockname()[1]
-        hosts = [f"{name}:{port}" for name in names]
-        tokens = [secrets.token_urlsafe(32) for _ in range(config.addresses)]
         desk = Desk(store, lambda: background.problem, config.title, _guidelines(config))
-
-        def after() -> None:
-            if config.stop_when_complete and store.state.is_complete:
-                server.should_exit = True
-
-        server = web.make_server(web.make_app(desk, web.Gate(tokens, f"tutelage-{port}"), hosts, after))
         background.start()
-        addresses = [f"http://{hosts[0]}/?token={token}" for token in tokens]
-        for address in addresses:
-            print(address, flush=True)
-        say(f"{_told(store)}. Each address works once. Ctrl-C ends; the same command goes on.")
-        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            say("This address can be reached over the network, unencrypted: use it only where you trust everybody.", "yellow")
-        if config.browser:
-            _open(addresses[0])
         try:
-            server.run(sockets=[listener])
+            here.serve(
+                web().label_api(desk),
+                config.addresses,
+                config.browser,
+                say,
+                _told(store),
+                lambda: config.stop_when_complete and store.state.is_complete,
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_told(store)) from None
         say(f"complete: {_told(store)}")
@@ -134,30 +117,6 @@ def _told(store: Store) -> str:
     with store.locked() as state:
         progress, answers = state.progress(None), len(state.answers())
     return f"{store.path} holds {answers} judgements of {progress.total} prompts"
-
-
-def _open(address: str) -> None:
-    """Opens the address in a browser with a window of its own; one that runs in the terminal would take it away."""
-    try:
-        browser = webbrowser.get()
-    except webbrowser.Error:
-        return
-    if not isinstance(browser, webbrowser.GenericBrowser) or isinstance(browser, webbrowser.BackgroundBrowser):
-        browser.open(address)
-
-
-def _names(config: LabelConfig) -> list[str]:
-    """What a browser may call this server, the one to print first."""
-    try:
-        address = ipaddress.ip_address(config.host)
-    except ValueError:
-        return [config.host, *config.allowed_hosts]
-    own = f"[{address}]" if address.version == 6 else str(address)
-    if address.is_loopback:
-        return [own, "localhost", *config.allowed_hosts]
-    if address.is_unspecified and not config.allowed_hosts:
-        raise ValueError(f"{config.host} is every address of this machine: name those that browsers use with --allowed_hosts")
-    return [*config.allowed_hosts, own]
 
 
 def _guidelines(config: LabelConfig) -> str | None:
@@ -281,16 +240,21 @@ def _digest(items: Sequence[Item]) -> str:
 # --- a session to go on with ----------------------------------------------------------------------------------------
 
 
+def begun(path: Path) -> tuple[Settings, dict[str, Any]]:
+    """What a file of feedback was begun with."""
+    store = Store(path, read_only=True)
+    try:
+        return store.settings, store.source
+    finally:
+        store.close()
+
+
 def _check_same(path: Path, config: LabelConfig, plan: _Plan | None) -> None:
     """Raises ValueError where the file was begun with something else than what `config` says.
 
     Without rows to begin a session of, options that are at their default are taken as the file has them.
     """
-    store = Store(path, read_only=True)
-    try:
-        settings, source = store.settings, store.source
-    finally:
-        store.close()
+    settings, source = begun(path)
     advice = "give the same, or another --out"
     for name in ("task", "order", "overlap", "seed"):
         said, found = getattr(config, name), getattr(settings, name)

@@ -1,32 +1,13 @@
 // The labelling page: shows items, takes what a person says about them, and sends it until the server has confirmed it.
 //
-// Rules. Whatever comes from elsewhere (prompts, answers, names, comments) becomes a text node and nothing else. What was sent
-// and not confirmed is sent again, the same, under the same identity, until it is known what became of it; meanwhile nothing of
-// it can be changed. What was typed and not sent is kept in the tab's own storage, so a reload loses nothing.
+// Rules. What was sent and not confirmed is sent again, the same, under the same identity, until it is known what became of it;
+// meanwhile nothing of it can be changed. What was typed and not sent is kept in the tab's own storage, so a reload loses
+// nothing.
 
-const $ = (id) => document.getElementById(id);
+import { $, Refusal, ask, capital, clock, fit, keepSending, key, make, newIdentity, say, showKeys, textBlock, typing, withModifier } from "/shared.js";
 
-/** An element; children are elements, or strings that become text nodes. */
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name === "class") element.className = value;
-    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value === true) element.setAttribute(name, "");
-    else if (value !== false && value !== null) element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
-
-const key = (name) => make("kbd", {}, name);
 const listed = (names) => (names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`);
 const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
-
-/** A text as it is, in the direction of its own letters. */
-function textBlock(text, className = "text") {
-  return make("div", { class: className, dir: "auto" }, text);
-}
 
 // --- what is shared ---------------------------------------------------------------------------------------------
 
@@ -41,53 +22,9 @@ const page = {
   singleKeys: true,
 };
 
-// --- the status line ----------------------------------------------------------------------------------------------
-
-/** Says something to everybody, also to screen readers. action: [label, function] of a button beside it. */
-function say(text, kind = "", action = null) {
-  const line = $("status");
-  if (line.textContent !== text) line.replaceChildren(text);
-  line.dataset.kind = kind;
-  const button = $("status-do");
-  button.hidden = action === null;
-  button.replaceChildren(action === null ? "" : action[0]);
-  button.onclick = action === null ? null : action[1];
-}
-
 // --- the wire -------------------------------------------------------------------------------------------------------
 
-/** The server's word that it was not so. */
-class Refusal extends Error {
-  constructor(status, message, next) {
-    super(message);
-    this.status = status;
-    this.next = next;
-  }
-}
-
-/** No answer, so that nobody knows whether the request was taken. */
-class Silence extends Error {}
-
-async function ask(path, body) {
-  let response, data;
-  try {
-    response = await fetch(path, {
-      method: body === undefined ? "GET" : "POST",
-      headers: body === undefined ? {} : { "Content-Type": "application/json" },
-      body: body === undefined ? undefined : JSON.stringify(body),
-      signal: AbortSignal.timeout(20_000),
-    });
-    data = await response.json();
-  } catch {
-    throw new Silence("The server does not answer");
-  }
-  if (response.ok) return data;
-  throw new Refusal(response.status, String(data.error ?? "the server could not answer"), data.next);
-}
-
-const LATER = new Set([403, 408, 429, 500, 502, 503]); // of these requests nothing was taken, and the same may be sent again
-
-/** Sends a change until its fate is known: the answer, or a Refusal. */
+/** Sends a change until its fate is known, the page at rest meanwhile. */
 async function send(path, body) {
   page.busy = true;
   const focused = document.activeElement;
@@ -95,21 +32,7 @@ async function send(path, body) {
   $("actions").inert = true;
   document.body.dataset.busy = "";
   try {
-    for (let pause = 250; ; pause = Math.min(2 * pause, 4000)) {
-      try {
-        const found = await ask(path, body);
-        say("");
-        return found;
-      } catch (error) {
-        if (!(error instanceof Silence) && !LATER.has(error.status)) throw error;
-        const why = error instanceof Refusal && error.status === 403 ? `Not let in: ${error.message}` : error.message;
-        await new Promise((resolve) => {
-          const timer = setTimeout(resolve, pause);
-          const now = () => (clearTimeout(timer), resolve());
-          say(`${why}. What you said is kept on this page and will be sent again.`, "error", ["Try now", now]);
-        });
-      }
-    }
+    return await keepSending(path, body);
   } finally {
     page.busy = false;
     $("item").inert = false;
@@ -170,38 +93,6 @@ function dropDraft() {
 
 addEventListener("pagehide", () => keepDraft(true));
 document.addEventListener("visibilitychange", () => document.hidden && keepDraft(true));
-
-// --- the time that an item is looked at -------------------------------------------------------------------------------
-
-/** Runs while the page is seen and the person has done something within two minutes. */
-const clock = {
-  total: 0,
-  since: null,
-  until: 0,
-  start(seconds) {
-    this.total = seconds;
-    this.since = null;
-    this.touch();
-  },
-  touch() {
-    this.pause();
-    if (!document.hidden) this.since = performance.now();
-    this.until = performance.now() + 120_000;
-  },
-  pause() {
-    if (this.since !== null) this.total += Math.max(0, Math.min(performance.now(), this.until) - this.since) / 1000;
-    this.since = null;
-  },
-  seconds() {
-    this.touch();
-    return Math.round(this.total * 1000) / 1000;
-  },
-};
-
-for (const happening of ["keydown", "pointerdown", "pointermove", "wheel", "scroll"]) {
-  addEventListener(happening, () => clock.since !== null && clock.touch(), { passive: true, capture: true });
-}
-document.addEventListener("visibilitychange", () => (document.hidden ? clock.pause() : clock.touch()));
 
 // --- motion -------------------------------------------------------------------------------------------------------------
 
@@ -806,11 +697,6 @@ class Write {
 }
 
 /** As high as what is in it. */
-function fit(area) {
-  area.style.height = "auto";
-  area.style.height = `${area.scrollHeight + 2}px`;
-}
-
 const TASKS = { rank: Rank, compare: Compare, rate: Rate, write: Write };
 
 // --- what is shown --------------------------------------------------------------------------------------------------------
@@ -872,11 +758,6 @@ function showItem(item) {
   page.task.show(item, own?.answer ?? item.draft);
   fit($("comment"));
   clock.start(own?.seconds ?? 0);
-}
-
-/** An identity for a submission. crypto.randomUUID is there on the loopback and over HTTPS only. */
-function newIdentity() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 let waitingTimer = 0;
@@ -950,8 +831,6 @@ function refused(error) {
   page.conflict = error.next;
   say(`${capital(error.message)}.`, "error", ["Go on to the next item", goOn]);
 }
-
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 /** Leaves an item that was dealt with elsewhere. */
 function goOn() {
@@ -1103,9 +982,7 @@ function openHelp() {
   const own = page.task?.keys ?? [];
   const all = [...own, ...common.filter(([keys]) => !own.some(([others]) => others[0] === keys[0]))];
   const rows = all.filter(([keys], at) => all.findIndex(([others]) => others[0] === keys[0]) === at);
-  $("help-keys").replaceChildren(
-    ...rows.map(([keys, what]) => make("div", {}, make("dt", {}, ...keys.map((name) => (name === "…" ? "…" : key(name)))), make("dd", {}, what))),
-  );
+  showKeys(rows);
   $("help").showModal();
 }
 
@@ -1160,9 +1037,6 @@ $("start-form").addEventListener("submit", (event) => {
 });
 
 // --- keys -----------------------------------------------------------------------------------------------------------------
-
-const withModifier = (event) => event.ctrlKey || event.metaKey || event.altKey;
-const typing = (target) => target.matches?.("textarea, input:not([type=radio], [type=checkbox])") ?? false;
 
 const SINGLE = { U: undo, S: openSkip, L: toggleGuidelines, N: () => $("comment").focus(), "?": openHelp };
 
