@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tutelage.dealing import fold
+from tutelage.devices import find
 
 TIMEOUT = 600.0
 """Seconds that a rank waits for another. Longer than the longest that one does what the others wait for: a save, a corpus."""
@@ -112,6 +113,8 @@ class _Group(Ranks):
         if dist.is_initialized():
             raise RankError("this process is in a process group already: leave it, tutelage makes its own")
         limit = timedelta(seconds=timeout)
+        if device.type == "cuda":
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a wait ends after the time-out, with an error
         try:
             met, _, _ = next(rendezvous("env://", timeout=limit))
             # torchrun's store outlives the ranks: those that it starts again must not find the addresses of those that died.
@@ -280,15 +283,26 @@ class _Group(Ranks):
         return 0 if peer is None else peer, "died, and with it the place where the ranks meet" if peer is None else how
 
 
-@contextmanager
-def join(timeout: float = TIMEOUT, device: torch.device | str = "cpu") -> Iterator[Ranks]:
-    """This process's `Ranks`, for a `with`, as torchrun's environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+def _own_gpu() -> torch.device:
+    """Makes a GPU of this machine this rank's. Returns where its messages travel from: the GPU (by NCCL) if every rank here has
+    its own, host memory otherwise, since NCCL refuses ranks that share one."""
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    own = int(os.environ.get("LOCAL_RANK") or os.environ["RANK"]) % gpus
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own) if here <= gpus else torch.device("cpu")
 
-    timeout: seconds that a rank waits for another. device: where the tensors are that travel; "cpu" takes gloo, "cuda" NCCL.
+
+@contextmanager
+def join(timeout: float = TIMEOUT, device: str = "cpu") -> Iterator[Ranks]:
+    """This process's `Ranks`, for a `with`, as torchrun's environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; on GPUs
+    LOCAL_RANK and LOCAL_WORLD_SIZE too).
+
+    timeout: seconds that a rank waits for another. device: what the models are on, see `devices`; with "cuda" this rank's GPU
+    becomes torch's current one, and messages travel by NCCL if each rank has its own.
 
     Raises:
         RankError: in every operation, naming the rank that died, stopped or did not answer in time.
-        ValueError: the environment names several ranks and leaves out how they meet.
+        ValueError: the environment names several ranks and leaves out how they meet, or the device does not work here.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -299,7 +313,8 @@ def join(timeout: float = TIMEOUT, device: torch.device | str = "cpu") -> Iterat
         raise ValueError(f"WORLD_SIZE is {count}, but {' and '.join(missing)} is not set: start the ranks with torchrun")
     import torch.distributed as dist
 
-    ranks = _Group(int(os.environ["RANK"]), count, timeout, torch.device(device))
+    find(device)
+    ranks = _Group(int(os.environ["RANK"]), count, timeout, _own_gpu() if device == "cuda" else torch.device("cpu"))
     try:
         yield ranks
         ranks.barrier()

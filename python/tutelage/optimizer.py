@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage import _core
 from tutelage.distributed import Ranks
 from tutelage.model import Model
 from tutelage.sharding import BUCKET_BYTES, Layout, Reduction, Shard, buckets
@@ -66,11 +65,7 @@ class AdamW:
         cuts = buckets(size, sorted(model.block_starts().values()), bucket_bytes // model.params.element_size())
         self.layout = Layout(size, cuts, ranks.count)
         """Which rank updates which parameters."""
-        if (ranks.count > 1 or exact) and model.device_name != "cpu":
-            raise ValueError(
-                f"the optimizer is shared out among ranks on the CPU only, and the model is on {model.device_name}"
-            )
-        self._shard = Shard(self.layout, ranks) if ranks.count > 1 or exact else None
+        self._shard = Shard(self.layout, ranks, model._on.core) if ranks.count > 1 or exact else None
         # Of the gradients since zero_grad, this rank's part; without a shard they are the model's.
         self._sum: Tensor | None = None
         own = size if self._shard is None else self._shard.size
@@ -148,12 +143,13 @@ class AdamW:
 
     def _step_own_part(self, shard: Shard, scale: float) -> None:
         model, gradients = self.model, self._gradients()
+        level = model._engine.level if model.device_name == "cpu" else None  # levels are the CPU's
         for begin, end, decays in _runs(model):
             for piece, place in zip(shard.pieces, shard.places, strict=True):
                 first, last = max(begin, piece.start), min(end, piece.stop)
                 if first < last:
                     here = slice(place.start + first - piece.start, place.start + last - piece.start)
-                    _core.adamw(
+                    model._on.core.adamw(
                         model.params[first:last],
                         gradients[here],
                         self.exp_avg[here],
@@ -165,7 +161,7 @@ class AdamW:
                         weight_decay=self.weight_decay if decays else 0.0,
                         grad_scale=scale,
                         threads=torch.get_num_threads(),
-                        level=model._engine.level,
+                        level=level,
                     )
         shard.spread(model.params)
 

@@ -13,11 +13,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tutelage import kernels
+from tutelage import _core
 from tutelage.distributed import Ranks
 
 CHUNK = 4096
@@ -81,8 +82,9 @@ def _cut(first: int, last: int, least: int) -> list[range]:
 class Shard:
     """This rank's part of all buffers of one layout: its pieces laid end to end."""
 
-    def __init__(self, layout: Layout, ranks: Ranks) -> None:
-        self.layout, self.ranks = layout, ranks
+    def __init__(self, layout: Layout, ranks: Ranks, core: Any = _core) -> None:
+        """core: the compiled module that computes where the buffers lie."""
+        self.layout, self.ranks, self._core = layout, ranks, core
         self.pieces = layout.of(ranks.rank)
         ends = list(itertools.accumulate((len(piece) for piece in self.pieces), initial=0))
         self.places = [range(first, last) for first, last in itertools.pairwise(ends)]
@@ -101,7 +103,9 @@ class Shard:
             for place in self.places:  # one after the other: no second shard of squares
                 part = shard[place.start : place.stop]
                 ends = torch.tensor([*range(0, len(place), self.layout.chunk), len(place)], dtype=torch.int32)
-                sums.append(kernels.total(part * part, None, ends))
+                total = torch.empty(len(ends) - 1, dtype=part.dtype, device=part.device)
+                self._core.total(part * part, total, cu_seqlens=ends.to(part.device), threads=torch.get_num_threads())
+                sums.append(total.cpu())
         return math.fsum(self.ranks.gather(sums).tolist())
 
     def spread(self, flat: Tensor) -> None:

@@ -181,8 +181,27 @@ def test_ranks_started_again_do_not_look_for_those_that_died(children: Forker) -
             assert [rank.wait() for rank in started] == expected, [rank.output.read_text() for rank in started]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "local", "here", "own", "where"),
+    [(1, 1, 2, 0, "cpu"), (2, 1, 2, 1, "cuda:1"), (4, 5, 8, 1, "cpu"), (8, 5, 8, 5, "cuda:5")],
+)
+def test_ranks_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch, gpus: int, local: int, here: int, own: int, where: str) -> None:
+    """And share one where there are more of them than GPUs; then messages go through host memory."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in (("LOCAL_RANK", local), ("LOCAL_WORLD_SIZE", here)):
+        monkeypatch.setenv(name, str(value))
+    assert distributed._own_gpu() == torch.device(where) and taken == [own]
+
+
 def test_an_environment_that_says_half_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with monkeypatch.context() as whole:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            whole.setenv(name, "0")
+        with pytest.raises(ValueError, match="device 'cuda' does not work here"), distributed.join(device="cuda"):
+            pass
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with (

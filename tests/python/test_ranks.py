@@ -215,6 +215,17 @@ def test_adapters_learn_the_same_bits_on_two_ranks(loop: str, others: dict[str, 
     assert one.state == two.state
 
 
+@pytest.mark.parametrize("loop", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_ranks_on_a_device_learn_the_same_bits(loop: str, train: Train) -> None:
+    """The emulator of a GPU: gradients, their norm and the update are those of its kernels."""
+    one, two = (train(loop, count, exact=True, exact_leaf=2, device="cuda-sim") for count in (1, 2))
+    assert one.state == two.state
+    cpu = train(loop, 1, exact=True, exact_leaf=2)
+    assert cpu.state != one.state  # the control: it was the device
+    again = dies(train, loop, 2, 1, {"rank": 1, "phase": "reduced", "at": 3}, device="cuda-sim")
+    assert again.state == one.state
+
+
 def test_only_exact_ranks_do(train: Train, alone: Callable[[str], Path]) -> None:
     """The negative controls: another leaf, another order of the same leaves, or sums of ranks in place of the tree."""
     states = {

@@ -89,9 +89,10 @@ def open_run(config: RunConfig, disk: Disk = DISK, fault: Callable[[str], None] 
         CheckpointError: a checkpoint that cannot be used.
         Interrupted: by SIGINT or SIGTERM, within a step when that is finished and saved, otherwise at once.
         RankError: of several ranks, where one died, hangs or stopped.
+        ValueError: of several ranks, on a device that does not work here.
     """
     folder = Path(config.output_dir)
-    with join(config.rank_timeout) as ranks, ExitStack() as stack:
+    with join(config.rank_timeout, config.device) as ranks, ExitStack() as stack:
         start = _claimed(config, folder, ranks, disk, stack)
         run = Run(folder, config, None if start is None else load_checkpoint(start), disk, fault, ranks)
         stack.enter_context(_signals(run))
