@@ -74,10 +74,11 @@ def choices(store: Store) -> list[Any]:
 
 
 def test_a_whole_session_by_keyboard_alone(tmp_path: Path, context: BrowserContext, folders: list[str]) -> None:
-    with playing(tmp_path / "f.db", folders, title="Two of them") as (_, store, served):
+    with playing(tmp_path / "f.db", folders, title="Two of them", system="be <b>kind</b>") as (_, store, served):
         person = enter(context, served)
         page = person.page
         assert page.title() == "Two of them" and page.locator("#empty").is_visible()
+        assert page.locator("[data-role=system] .text").inner_text() == "be <b>kind</b>"
         assert person.focused() == "message"
 
         shown = ask(person, "hello")
@@ -99,7 +100,8 @@ def test_a_whole_session_by_keyboard_alone(tmp_path: Path, context: BrowserConte
         assert choices(store) == [order[0]]
 
         shown = ask(person, "more")  # goes on with A
-        assert store.state.items[1].prompt == tuple(turns("hello", answers(store, 0)["A"], "more"))
+        system = {"role": "system", "content": "be <b>kind</b>"}
+        assert store.state.items[1].prompt == (system, *turns("hello", answers(store, 0)["A"], "more"))
         person.press("T")
         view(person, "ready")
         ask(person, "again")
@@ -116,9 +118,9 @@ def test_a_whole_session_by_keyboard_alone(tmp_path: Path, context: BrowserConte
 
         person.press("Escape", "N")
         person.status("A new conversation.")
-        assert page.locator("#talk > li").count() == 0
+        assert page.locator("#talk > li").count() == 1  # the system's
         ask(person, "anew")
-        assert store.state.items[4].prompt == tuple(turns("anew"))
+        assert store.state.items[4].prompt == (system, *turns("anew"))
         first, last = (store.state.items[number].columns["conversation"] for number in (0, 4))
         assert first != last
         person.press("?")

@@ -56,7 +56,7 @@ class Table:
                 "title": self._title,
                 "models": list(dict.fromkeys(self._names)),
                 "labeller": self._labeller,
-                "system": [message["content"] for message in self._talkers[0].opening],
+                "system": [message["content"] for message in self._talkers[0].opening],  # none or one
                 "blind": not self._reveal,
                 "tally": self._tally(state),
             }

@@ -59,8 +59,8 @@ class Place:
         gate = self._web.Gate(tokens, f"tutelage-{self._port}")
         server = self._web.make_server(self._web.make_app(api, gate, self._hosts, after))
         printed = [f"http://{self._hosts[0]}/?token={token}" for token in tokens]
-        for address in printed:
-            print(address, flush=True)
+        for address in printed:  # each in one piece, whatever else is said meanwhile
+            print(f"{address}\n", end="", flush=True)
         say(f"{told}. Each address works once. Ctrl-C ends; the same command goes on.")
         if not ipaddress.ip_address(self._address).is_loopback:
             say("This address can be reached over the network, unencrypted: use it only where you trust everybody.", "yellow")

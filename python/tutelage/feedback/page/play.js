@@ -60,7 +60,8 @@ function messages() {
 function show() {
   const { turns } = page.talk;
   $("empty").hidden = turns.length > 0;
-  $("talk").replaceChildren(...turns.map((turn, at) => shownTurn(turn, at === turns.length - 1)));
+  const before = page.session.system.map((text) => make("li", {}, message("System", text, "system")));
+  $("talk").replaceChildren(...before, ...turns.map((turn, at) => shownTurn(turn, at === turns.length - 1)));
   $("send").hidden = page.stop !== null;
   $("stop").hidden = page.stop === null;
   $("send").disabled = isChoosing();
@@ -68,8 +69,14 @@ function show() {
   fit($("message"));
 }
 
+function message(who, text, role) {
+  const found = make("div", { class: "message said" }, make("h3", {}, who), textBlock(text));
+  found.dataset.role = role;
+  return found;
+}
+
 function shownTurn(turn, isLast) {
-  const said = make("div", { class: "message said" }, make("h3", {}, "You"), textBlock(turn.said));
+  const said = message("You", turn.said, "user");
   if (turn.picked === null) {
     const cards = make("div", { class: "two" }, ...["A", "B"].map((letter) => card(turn, letter)));
     return make("li", {}, said, cards, ...(isChoosing() ? [choices()] : []));
