@@ -215,7 +215,7 @@ def test_adapters_learn_the_same_bits_on_two_ranks(loop: str, others: dict[str, 
     assert one.state == two.state
 
 
-@pytest.mark.parametrize("loop", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loop", ["sft", pytest.param("grpo", marks=pytest.mark.soak)])
 def test_ranks_on_a_device_learn_the_same_bits(loop: str, train: Train) -> None:
     """The emulator of a GPU: gradients, their norm and the update are those of its kernels."""
     one, two = (train(loop, count, exact=True, exact_leaf=2, device="cuda-sim") for count in (1, 2))
@@ -274,9 +274,14 @@ def test_a_run_of_one_rank_does_not_go_on_exactly(train: Train, world: Path, tmp
 # ---- saved, stopped, resumed
 
 
-@pytest.mark.parametrize(
-    "loop", ["sft", "ppo", *[pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop not in ("sft", "ppo")]]
-)
+def _rarely(loop: str) -> Any:
+    """sft and ppo always; kto and orpo are dpo's loop with other losses."""
+    if loop in ("sft", "ppo"):
+        return loop
+    return pytest.param(loop, marks=pytest.mark.soak if loop in ("kto", "orpo") else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("loop", [_rarely(loop) for loop in LOOPS])
 def test_any_number_of_ranks_goes_on_where_another_stopped(loop: str, train: Train, alone: Callable[[str], Path]) -> None:
     """1, then 2, 4 and 1 again; a signal that one rank gets lets all finish the step and save it."""
     exact = {"folder": "run", "exact": True, "exact_leaf": 2, "save_steps": 100}

@@ -61,9 +61,15 @@ def test_logprobs_are_the_bits_of_score(kind: str, weights: Any) -> None:
             assert not scored(model, rollouts, 1.0), "control: at another temperature they differ"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "llama+lora"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def _slow(kind: str, temperature: float) -> Any:
+    """Half a minute each: in CI all kinds at 1 and one kind at 0.7, the others with the long ones."""
+    return pytest.param(kind, temperature, marks=pytest.mark.slow if temperature == 1 or kind == "llama" else pytest.mark.soak)
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature"),
+    [_slow(kind, temperature) for kind in ("llama", "qwen3", "gpt2", "llama+lora") for temperature in (1.0, 0.7)],
+)
 def test_two_hundred_prompts_however_they_are_generated(kind: str, temperature: float) -> None:
     """Batches of 1 to 32 (the cache's budget decides), threads, chunks, shared beginnings: the same bits, and score's."""
     model = tiny_model(kind)
