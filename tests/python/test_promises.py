@@ -85,9 +85,8 @@ def test_score_of_long_sequences(kind: str) -> None:
     assert each(model, seqs) == alone(model, seqs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("head", [pytest.param("lm", marks=pytest.mark.slow), pytest.param("scalar", marks=pytest.mark.soak)])
 @several
 @given(st.lists(st.integers(1, 320), min_size=1, max_size=12), st.randoms(use_true_random=False), st.integers(1, 4))
 def test_score_alone_is_score_in_any_batch_at_length(

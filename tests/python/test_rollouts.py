@@ -62,8 +62,9 @@ def test_logprobs_are_the_bits_of_score(kind: str, weights: Any) -> None:
 
 
 def _slow(kind: str, temperature: float) -> Any:
-    """Half a minute each: in CI all kinds at 1 and one kind at 0.7, the others with the long ones."""
-    return pytest.param(kind, temperature, marks=pytest.mark.slow if temperature == 1 or kind == "llama" else pytest.mark.soak)
+    """Half a minute each: in CI three architectures at 1 and one at 0.7, the others with the long ones."""
+    often = kind == "llama" or (temperature == 1 and kind != "llama+lora")
+    return pytest.param(kind, temperature, marks=pytest.mark.slow if often else pytest.mark.soak)
 
 
 @pytest.mark.parametrize(
