@@ -31,7 +31,7 @@ NVCC_FLAGS = ("-std=c++20", f"-I{ROOT}", f"-I{ROOT / 'cpp'}", "-fmad=false", "-O
 COUNTED = ("HMMA", "LDSM", "LDGSTS")
 LOCAL = ("LDL", "STL")
 # Of rows that are not aligned to 16 bytes: copied element by element.
-UNALIGNED = re.compile(r"matmul_kernel<.*, false>")
+UNALIGNED = re.compile(r"matmul_kernel<.*, false>|logits_kernel<false, .*>")
 
 
 @dataclass

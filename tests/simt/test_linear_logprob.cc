@@ -1,5 +1,6 @@
 #include "cuda/kernels/linear_logprob.cuh"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/kernels/sample.cuh"
@@ -87,9 +88,19 @@ void forward(const LinearLogprob& g) {
   Memory<float> scratch(tc::linear_logprob_scratch_bytes(g) / 4);
   tc::linear_logprob(g, nullptr, scratch.data());
 }
-void backward(const LinearLogprobBackward& g) {
-  Memory<float> scratch(tc::linear_logprob_backward_scratch_bytes(g) / 4);
-  tc::linear_logprob_backward(g, nullptr, scratch.data());
+void backward(const LinearLogprobBackward& g, int64_t bytes = tc::kGradientBytes) {
+  Memory<bf16> scratch(tc::linear_logprob_backward_scratch_bytes(g, bytes) / 2);
+  tc::linear_logprob_backward(g, nullptr, scratch.data(), bytes);
+}
+// The logits by the product that generation uses.
+Memory<float> product(const Operands<bf16>& o) {
+  Memory<float> z(o.c.rows * o.c.vocab);
+  tutelage::Matmul g;
+  g.m = o.c.rows, g.n = o.c.vocab, g.k = o.c.hidden, g.a = o.x.data(), g.a_row = o.c.hidden;
+  g.b = o.weight.data(), g.b_row = 1, g.b_col = o.c.hidden, g.c = z.data(), g.c_row = o.c.vocab, g.c_state = true;
+  g.scale = 1 / o.c.temperature;
+  tc::matmul(g, nullptr);
+  return z;
 }
 Result run(const Case& c) {
   Operands<bf16> o(c);
@@ -102,19 +113,63 @@ const std::vector<Case> kCases = {{5, 24, 300}, {1, 8, 7, 0.7}, {33, 40, 257, 1.
 
 }  // namespace
 
-TEST(outputs_and_gradients_are_close_to_the_cpus) {
+// The formula in double; eager: as bf16 computes it operation by operation, sums of products and of the softmax in double.
+struct Formula {
+  std::vector<double> logprob, entropy, dx, dweight;
+};
+Formula formula(const Operands<bf16>& o, bool eager) {
+  auto kept = [eager](double x) { return eager ? value(to_bf16(static_cast<float>(x))) : x; };
+  const Case& c = o.c;
+  auto size = [](int64_t n) { return static_cast<std::size_t>(n); };
+  Formula f{std::vector<double>(size(c.rows)), std::vector<double>(size(c.rows)), std::vector<double>(size(c.rows * c.hidden)),
+            std::vector<double>(size(c.vocab * c.hidden))};
+  for (int64_t i = 0; i < c.rows; ++i) {
+    std::vector<double> z(size(c.vocab));
+    for (int64_t j = 0; j < c.vocab; ++j) {
+      double sum = 0;
+      for (int64_t h = 0; h < c.hidden; ++h) sum += value(o.x[i * c.hidden + h]) * value(o.weight[j * c.hidden + h]);
+      z[size(j)] = kept(kept(sum) / c.temperature);
+    }
+    const double top = *std::max_element(z.begin(), z.end());
+    double sum = 0, weighted = 0;
+    for (double x : z) sum += std::exp(x - top), weighted += std::exp(x - top) * x;
+    const double lse = top + std::log(sum), entropy = lse - weighted / sum;
+    const int64_t out = o.index[i];
+    f.logprob[size(out)] = kept(z[size(o.targets[i])] - lse), f.entropy[size(out)] = kept(entropy);
+    for (int64_t j = 0; j < c.vocab; ++j) {
+      const double p = std::exp(z[size(j)] - lse);
+      const double dz = o.d_logprob[out] * ((j == o.targets[i]) - p) - o.d_entropy[out] * p * (z[size(j)] - lse + entropy);
+      const double d = kept(kept(dz) / c.temperature);
+      for (int64_t h = 0; h < c.hidden; ++h) {
+        f.dx[size(i * c.hidden + h)] += d * value(o.weight[j * c.hidden + h]);
+        f.dweight[size(j * c.hidden + h)] += d * value(o.x[i * c.hidden + h]);
+      }
+    }
+  }
+  for (std::vector<double>* d : {&f.dx, &f.dweight})
+    for (double& x : *d) x = kept(x);
+  for (int64_t i = 0; i < o.dweight.size(); ++i) f.dweight[size(i)] += o.dweight[i];
+  return f;
+}
+
+TEST(outputs_and_gradients_are_close_to_double_and_to_the_cpus) {
   for (const Case& c : kCases) {
     const Result mine = every_schedule([&] { return run(c); });
+    const Operands<bf16> fresh(c);
+    const Formula exact = formula(fresh, false), eager = formula(fresh, true);
     Operands<float> cpu(c);
     tutelage::scalar_table()->linear_logprob(cpu.forward(), 1);
     tutelage::scalar_table()->linear_logprob_backward(cpu.backward(), 1);
     const std::string name = text(c.rows, c.hidden, c.vocab);
-    check_close("logprob " + name, mine.logprob, cpu.logprob, 1e-5);
-    check_close("entropy " + name, mine.entropy, cpu.entropy, 1e-5);
-    check_close("lse " + name, mine.lse, cpu.lse, 1e-5);
-    // a logit's gradient is rounded to bf16 before it is multiplied
-    check_close("dx " + name, mine.dx, cpu.dx, 0x1p-7);
-    check_close("dweight " + name, mine.dweight, cpu.dweight, 0x1p-7);
+    check_error("logprob " + name, mine.logprob, exact.logprob, eager.logprob);
+    check_error("entropy " + name, mine.entropy, exact.entropy, eager.entropy);
+    check_error("dx " + name, mine.dx, exact.dx, eager.dx);
+    check_error("dweight " + name, mine.dweight, exact.dweight, eager.dweight);
+    check_error("dx, CPU " + name, mine.dx, cpu.dx, eager.dx);
+    check_error("dweight, CPU " + name, mine.dweight, cpu.dweight, eager.dweight);
+    check_close("logprob, CPU " + name, mine.logprob, cpu.logprob, 1e-5);
+    check_close("entropy, CPU " + name, mine.entropy, cpu.entropy, 1e-5);
+    check_close("lse, CPU " + name, mine.lse, cpu.lse, 1e-5);
   }
 }
 
@@ -124,6 +179,57 @@ TEST(kept_logits_and_logits_computed_again_give_the_same_bits) {
     c.keep = !c.keep;
     CHECK(run(c) == once, c.rows, c.hidden, c.vocab);
   }
+}
+
+// What the fused kernel makes of a tile where it lies is what the kernels of their own make of the logits in memory.
+TEST(logits_and_their_statistics_are_those_of_the_kernels_of_their_own) {
+  for (Case c : kCases) {
+    c.keep = true;
+    Operands<bf16> o(c);
+    const int64_t tiles = tc::vocab_tiles(c.vocab);
+    Memory<tc::TileStatistics> mine(c.rows * tiles), own(c.rows * tiles);
+    Memory<float> target(c.rows);
+    tc::launch_logits(tc::logits_of(o.forward(), 0, c.rows),
+                      tc::LogitStatistics{o.targets.data(), mine.data(), target.data(), o.z.data()}, nullptr);
+    const Memory<float> z = product(o);
+    tc::tile_statistics_of(z.data(), c.rows, c.vocab, own.data(), nullptr);
+    CHECK(o.z == z && mine == own, c.rows, c.hidden, c.vocab);
+    for (int64_t i = 0; i < c.rows; ++i) CHECK(target[i] == z[i * c.vocab + o.targets[i]], i);
+  }
+}
+
+// Blocks of rows do not show, with steps of rows (which no block may cut) and without.
+TEST(gradients_of_blocks_of_rows_are_those_of_all_at_once) {
+  const Case c{kSmall ? 150 : 300, 16, 70};
+  std::vector<int32_t> steps;
+  for (int32_t at = 0, length = 7; at < c.rows; at += length, length = length * 5 % 33 + 1)
+    for (int32_t k = 0; k < length && at + k < c.rows; k += 16)
+      steps.push_back(at + k), steps.push_back(std::min({16, length - k, static_cast<int32_t>(c.rows) - at - k}));
+  const Memory<int32_t> placed = copy_of(steps);
+  for (bool stepped : {false, true}) {
+    auto gradients = [&](int64_t bytes) {
+      Operands<bf16> o(c);
+      forward(o.forward());
+      LinearLogprobBackward g = o.backward();
+      if (stepped) g.row_steps = placed.data(), g.row_steps_host = steps.data(), g.row_step_count = placed.size() / 2;
+      backward(g, bytes);
+      return Result{o.logprob, o.entropy, o.lse, o.dweight, o.dx};
+    };
+    CHECK(gradients(1) == gradients(tc::kGradientBytes), stepped);
+  }
+}
+
+// Memory that is exactly as long as these say is what every test here runs in.
+TEST(no_logits_are_held) {
+  Operands<bf16> o(Case{1, 8, 7});
+  LinearLogprob g = o.forward();
+  g.rows = 4096, g.vocab = 49152;
+  CHECK(tc::linear_logprob_scratch_bytes(g) == g.rows * (192 * 12 + 4), tc::linear_logprob_scratch_bytes(g));
+  LinearLogprobBackward b = o.backward();
+  b.rows = 4096, b.vocab = 49152;
+  CHECK(tc::linear_logprob_backward_scratch_bytes(b) <= tc::kGradientBytes, tc::linear_logprob_backward_scratch_bytes(b));
+  b.rows = 100;
+  CHECK(tc::linear_logprob_backward_scratch_bytes(b) == 100 * 49152 * 2, tc::linear_logprob_backward_scratch_bytes(b));
 }
 
 // P1: a row does not depend on the others.
@@ -146,10 +252,12 @@ TEST(a_token_has_the_log_prob_that_its_draw_had) {
   for (double temperature : {1.0, 0.7}) {
     const Case c{6, 32, 300, temperature};
     Operands<bf16> o(c);
-    Memory<float> z(c.rows * c.vocab), logprob(c.rows), support(c.rows);
+    Memory<float> logprob(c.rows), support(c.rows);
     Memory<tutelage::SampleSettings> settings(c.rows);
     for (tutelage::SampleSettings& s : settings) s = tutelage::SampleSettings{}, s.temperature = temperature;
-    tc::matmul(tc::logits_of(o.x.data(), o.weight.data(), z.data(), c.rows, c.hidden, c.vocab, 1), nullptr);
+    o.c.temperature = 1;
+    Memory<float> z = product(o);
+    o.c.temperature = temperature;
     tc::scale_logits(z.data(), c.rows, c.vocab, settings.data(), nullptr);
     Memory<tc::TileStatistics> tiles(c.rows * tc::vocab_tiles(c.vocab));
     tc::tile_statistics_of(z.data(), c.rows, c.vocab, tiles.data(), nullptr);
@@ -193,8 +301,15 @@ TEST(parts_of_a_batch_give_the_gradient_of_the_whole) {
   CHECK(gradient(true) == gradient(false));
 }
 
-TEST(banks_do_not_conflict) {
+TEST(banks_do_not_conflict_and_sectors_are_whole) {
   simt::Run counted({simt::Schedule::forward, 0, true});
-  run({128, 64, 512});
+  const Case c{128, 64, 512};
+  run(c), run({70, 64, 300, 1, true});
   for (const simt::Launch& l : counted.launches) CHECK(l.bank_conflicts == 0, l.bank_conflicts, l.worst_bank_conflict);
+  // of the first: logits, merging, logits again and their gradients, dx
+  const auto& l = counted.launches;
+  const int64_t together = 2;  // rows whose statistics a store writes, three of them a tile: each row's in a sector of its own
+  const auto scattered = static_cast<std::uint64_t>(c.rows / together * 3 * tc::vocab_tiles(c.vocab));
+  CHECK(l[0].excess_sectors == scattered, l[0].excess_sectors, scattered, l[0].worst_excess);
+  for (std::size_t i : {2, 3}) CHECK(l[i].excess_sectors == 0, i, l[i].excess_sectors, l[i].worst_excess);
 }
