@@ -183,6 +183,7 @@ TEST(several_key_tiles) {
 
 TEST(sliding_window) {
   for (int64_t window : {1, 2, 16, 17, 50, 127, 128, 200}) {
+    if (kSmall && window != 1 && window != 17 && window != 128) continue;
     check({{17, kSmall ? 140 : 290}, 2, 1, 8, true, window});
     if (!kSmall) check({{60, 31, 1, 100}, 3, 3, 24, true, window});
   }
@@ -243,7 +244,7 @@ TEST(a_prefix_has_the_bits_of_the_whole_sequence) {  // what decoding relies on
       const Case whole{{length}, 2, 1, 24, true, window};
       Operands<float> x(whole, {});
       x.forward(whole, *t, 1);
-      for (int32_t end = 1; end < length; end += kSmall ? 23 : 3) {
+      for (int32_t end = 1; end < length; end += kSmall ? 46 : 3) {
         const Case prefix{{end}, 2, 1, 24, true, window};
         Operands<float> y(prefix, {});  // numbers are a function of the index: the first `end` rows of x
         y.forward(prefix, *t, 2);

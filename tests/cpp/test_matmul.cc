@@ -311,7 +311,7 @@ TEST(a_packed_weight_gives_the_bits_of_the_plain_one) {
       for (Activation activation : {Activation::none, Activation::gelu, Activation::swiglu})
         for (bool transposed : {false, true})
           for (bool half : {false, true}) {
-            if (kSmall && (m == 300 || (k == 800 && m > 13))) continue;
+            if (kSmall && m != 1 && m != 13 && (m > 25 || n != 50)) continue;
             Case g{m, n, k, activation, false, transposed};
             g.accumulate = half != transposed, g.bias = n == 50, g.residual = n == 34 && activation == Activation::none;
             auto rounded = [&](const Source<float>& in) {

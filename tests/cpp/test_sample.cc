@@ -70,6 +70,7 @@ std::map<int32_t, double> support_of(const SampleSettings& s, const double* z, i
 
 TEST(every_level_and_any_threads_draw_the_same) {
   for (int64_t vocab : {275, 1040}) {
+    if (kSmall && vocab != 275) continue;
     const std::vector<SampleSettings> settings = many_settings(23);
     same_everywhere([&](const KernelTable& t, int threads, const Source<float>& in) {
       const std::vector<float> x = in(23 * kHidden, 1), w = in(vocab * kHidden, 2);
