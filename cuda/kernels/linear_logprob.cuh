@@ -35,7 +35,7 @@ struct Logits {
 };
 
 // 64 rows (16 where rows are not aligned: slower, the same bits) and one tile of the vocabulary in 4 warps, by 3 stages: their
-// 60 KiB are less than the sums need, of which two fit a multiprocessor of an A100 and three of an H100.
+// 60 KiB are less than the sums need, of which two fit a multiprocessor of an A100 or an H100 (as do their registers).
 template <bool Aligned>
 using LogitShape = ProductShape<Aligned ? 64 : 16, kVocabTile, 1, 3, Lies::along, Lies::along, Aligned>;
 
